@@ -1,0 +1,25 @@
+"""The errors that metahpo raises on purpose: each message is one line that names what was found and what was expected."""
+
+
+class MetaHPOError(Exception):
+    """Base of every error raised on purpose; the command line prints its message alone and exits with 2."""
+
+
+class ConfigError(MetaHPOError):
+    """A configuration that cannot be run; the message lists every offending key."""
+
+
+class DataError(MetaHPOError):
+    """A data set that is missing, damaged or too small for the tasks asked of it."""
+
+
+class NetError(MetaHPOError):
+    """A net that cannot be used as asked: wrong output shape, lazy modules, checkpointed blocks, an unsupported engine."""
+
+
+class CheckpointError(MetaHPOError):
+    """A checkpoint that is damaged, holds code, or does not fit the learner."""
+
+
+class NonFiniteError(MetaHPOError):
+    """A loss or gradient that became NaN or infinite; the message names the iteration and the task."""

@@ -1,0 +1,139 @@
+"""A torch module as a pure function of its parameters and buffers."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Iterator
+
+import torch
+import torch.utils.checkpoint
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
+
+from metahpo.errors import NetError
+from metahpo.functional.batch_norm import PerStepBatchNorm, convert_batch_norm
+from metahpo.functional.kernels import twice_differentiable
+from metahpo.functional.trees import Params
+
+
+class FunctionalModule(nn.Module):
+    """Any ``nn.Module`` as a pure function: ``module(params, x, step=k)``.
+
+    net: the net; it is copied, and its batch-norm layers become ``PerStepBatchNorm`` with ``statistics_rows`` and ``affine_rows`` rows
+    (1: ordinary batch norm). ``self.net`` is the copy, whose parameters are the initial ones.
+
+    Parameters that do not require grad are frozen: part of the net, absent from ``params()``. A tensor shared by several
+    layers (tied weights) appears once, under its first name, and stays tied in every call.
+
+    Raises NetError for lazy modules that have not run yet, and at the first call for a net that checkpoints activations
+    inside: the recomputation would read the net's own weights instead of the ones given, which is silently wrong.
+    """
+
+    def __init__(self, net: nn.Module, *, statistics_rows: int = 1, affine_rows: int = 1):
+        super().__init__()
+        for name, tensor in [*net.named_parameters(), *net.named_buffers()]:
+            if isinstance(tensor, (UninitializedParameter, UninitializedBuffer)):
+                raise NetError(f"{type(net).__name__}.{name} is lazy and not initialised; run the net once on an example batch first")
+        self.net = convert_batch_norm(net, statistics_rows=statistics_rows, affine_rows=affine_rows)
+        self._norms = [m for m in self.net.modules() if isinstance(m, PerStepBatchNorm)]
+        self._probed: set[bool] = set()
+        aliases: dict[int, str] = {}
+        self._alias = {
+            name: aliases.setdefault(id(p), name) for name, p in self.net.named_parameters(remove_duplicate=False)
+        }
+
+    @property
+    def batch_dependent(self) -> bool:
+        """Whether an output depends on the rest of its batch, through batch normalisation."""
+        return bool(self._norms)
+
+    def params(self) -> Params:
+        """The trainable parameters by dotted name (the net's own tensors, not copies)."""
+        return {name: p for name, p in self.net.named_parameters() if p.requires_grad}
+
+    def norm_names(self) -> set[str]:
+        """The names of the batch-norm scales and shifts."""
+        norms = {name for name, m in self.net.named_modules() if isinstance(m, PerStepBatchNorm)}
+        return {name for name in self.params() if name.rpartition(".")[0] in norms}
+
+    def buffers_by_name(self) -> Params:
+        """The net's buffers (running statistics and others) by dotted name."""
+        return dict(self.net.named_buffers())
+
+    def forward(self, params: Params, *inputs: Tensor, step: int = 0) -> Tensor:
+        """The net's output for ``inputs`` with ``params``, on batch statistics; see ``apply_with`` for all the choices."""
+        return self.apply_with(params, self.buffers_by_name(), *inputs, step=step)[0]
+
+    def apply_with(
+        self,
+        params: Params,
+        buffers: Params,
+        *inputs: Tensor,
+        step: int = 0,
+        training: bool = True,
+        inductive: bool = False,
+    ) -> tuple[Tensor, Params]:
+        """Runs the net purely: ``(params, buffers, inputs) -> (output, new buffers)``.
+
+        params: any subset of ``params()`` by name, the rest being the net's own; step: the row of per-step batch norm;
+        training: dropout and the update of running statistics; inductive: batch norm uses running statistics, so that each
+        input's output is independent of the others. Raises NetError for names that the net does not have and for tied
+        parameters given different tensors.
+        """
+        state = {**self._resolve(params), **buffers}
+        if self.net.training != training:
+            self.net.train(training)
+        for norm in self._norms:
+            norm.step, norm.inductive = step, inductive
+        probe = contextlib.nullcontext()
+        if training not in self._probed and not torch.compiler.is_compiling():
+            probe = refuse_checkpointing(self.net)
+        with probe, twice_differentiable(self.net):
+            output = functional_call(self.net, state, inputs)
+        self._probed.add(training)
+        # functional_call writes buffers that the net replaced back into the dict it was given.
+        return output, {name: state[name] for name in buffers}
+
+    def _resolve(self, params: Params) -> Params:
+        unknown = sorted(set(params) - set(self._alias))
+        if unknown:
+            raise NetError(f"{type(self.net).__name__} has no parameter {unknown[0]!r}; it has {', '.join(self.params())}")
+        resolved: Params = {}
+        for name, tensor in params.items():
+            if resolved.setdefault(self._alias[name], tensor) is not tensor:
+                raise NetError(f"{name!r} and {self._alias[name]!r} are one tied parameter and were given different tensors")
+        return resolved
+
+
+@contextlib.contextmanager
+def refuse_checkpointing(net: nn.Module) -> Iterator[None]:
+    """Raises NetError when the code inside calls ``torch.utils.checkpoint``.
+
+    The call is seen by a profile hook rather than by patching torch, so that every way of importing the function is caught.
+    """
+    checkpoint_file = torch.utils.checkpoint.__file__
+    message = (
+        f"{type(net).__name__} checkpoints activations inside (torch.utils.checkpoint), which is silently wrong when its "
+        f"parameters are passed from outside; switch that off in the net"
+    )
+    seen = False
+
+    def watch(frame, event, arg):
+        nonlocal seen
+        if event == "call" and frame.f_code.co_filename == checkpoint_file and frame.f_code.co_name == "checkpoint":
+            seen = True
+
+    previous = sys.getprofile()
+    sys.setprofile(watch)
+    try:
+        yield
+    except RuntimeError as error:
+        if seen:
+            raise NetError(message) from error
+        raise
+    finally:
+        sys.setprofile(previous)
+    if seen:
+        raise NetError(message)

@@ -1,0 +1,9 @@
+"""The one inner loop, its update rules and its gradients."""
+
+from metahpo.inner.gradient import FirstOrder as FirstOrder
+from metahpo.inner.gradient import Reverse as Reverse
+from metahpo.inner.rules import SGD as SGD
+from metahpo.inner.rules import LayerStepRates as LayerStepRates
+from metahpo.inner.rules import UpdateRule as UpdateRule
+from metahpo.inner.unroll import Trajectory as Trajectory
+from metahpo.inner.unroll import unroll as unroll

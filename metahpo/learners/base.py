@@ -1,0 +1,109 @@
+"""The base class of meta-learners."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from metahpo.functional import Params
+from metahpo.learners.phase import Phase
+from metahpo.tasks.task import Task
+
+Loss = Callable[[Tensor, Tensor], Tensor]
+Metrics = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Adapted:
+    """What a learner made of one support set.
+
+    params: the fitted tensors by name (weights, prototypes, ...); phase: how it was fitted; buffers: running statistics and
+    other buffers after fitting; steps: the parameters after each inner step, where there are steps.
+    """
+
+    params: Params
+    phase: Phase
+    buffers: Params = field(default_factory=dict)
+    steps: tuple[Params, ...] = ()
+
+
+class MetaLearner(nn.Module):
+    """A learner of learners: ``parameters()`` are what the outer loop learns.
+
+    A subclass writes ``adapt`` and ``predict``, as pure functions of the learner's parameters and their arguments: nothing is
+    kept on ``self`` and nothing is written in place, so that the same code runs in a loop and under ``torch.func.vmap``.
+
+    loss: (outputs [N, ...], targets [N, ...]) -> scalar. Cross entropy is right for class labels, mean squared error for
+    regression.
+    """
+
+    def __init__(self, loss: Loss = F.cross_entropy):
+        super().__init__()
+        self.loss = loss
+
+    # What a subclass writes.
+
+    def adapt(self, support_x: Tensor, support_y: Tensor, phase: Phase) -> Adapted:
+        """Fits the learner to one support set: ``support_x`` [N, ...], ``support_y`` [N]."""
+        raise TypeError(f"{type(self).__name__} does not define adapt(support_x, support_y, phase)")
+
+    def predict(self, adapted: Adapted, x: Tensor) -> Tensor:
+        """The outputs for ``x`` [N, ...] (logits [N, ways] or values [N, D])."""
+        raise TypeError(f"{type(self).__name__} does not define predict(adapted, x)")
+
+    # What it inherits, and may override.
+
+    def training_phase(self, epoch: int) -> Phase:
+        """How to run in training epoch ``epoch`` (from 0)."""
+        return Phase(training=True)
+
+    def meta_loss(self, task: Task, phase: Phase) -> tuple[Tensor, Metrics]:
+        """The outer loss of one task, and metrics: scalars by name, and under "buffers" new values of the learner's buffers."""
+        outputs = self.predict(self.adapt(task.support_x, task.support_y, phase), task.query_x)
+        loss = self.loss(outputs, task.query_y)
+        return loss, self.measure(outputs, task.query_y)
+
+    def evaluate(self, task: Task, phase: Phase) -> tuple[Metrics, Tensor]:
+        """Scalar metrics of one task, and the outputs [N, ...] for its query set.
+
+        ``loss`` and ``accuracy`` normalise the query set with its own batch statistics (transductive) where the learner has batch
+        norm; ``accuracy_inductive`` (or ``loss_inductive`` in regression) predicts each query alone.
+        """
+        adapted = self.adapt(task.support_x, task.support_y, phase)
+        outputs = self.predict(adapted, task.query_x)
+        metrics = {"loss": self.loss(outputs, task.query_y), **self.measure(outputs, task.query_y)}
+        if self.batch_dependent:
+            alone = self.predict(replace(adapted, phase=replace(phase, inductive=True)), task.query_x)
+        else:
+            alone = outputs
+        metrics["loss_inductive"] = self.loss(alone, task.query_y)
+        return {**metrics, **{f"{name}_inductive": v for name, v in self.measure(alone, task.query_y).items()}}, outputs
+
+    @property
+    def batch_dependent(self) -> bool:
+        """Whether a prediction depends on the other inputs of its batch."""
+        return False
+
+    # What the trainer uses.
+
+    def measure(self, outputs: Tensor, targets: Tensor) -> Metrics:
+        """``accuracy`` for integer targets; nothing for regression."""
+        if targets.is_floating_point():
+            return {}
+        return {"accuracy": (outputs.detach().argmax(-1) == targets).to(outputs.dtype).mean()}
+
+    def outer_params(self) -> Params:
+        """The parameters that the outer loop learns, by dotted name."""
+        return {name: p for name, p in self.named_parameters() if p.requires_grad}
+
+    @torch.no_grad()
+    def update_buffers(self, buffers: Params) -> None:
+        """Takes over new values of buffers, by dotted name."""
+        own = dict(self.named_buffers())
+        for name, value in buffers.items():
+            own[name].copy_(value)

@@ -1,0 +1,126 @@
+"""Model-agnostic meta-learning, and the base of every learner that adapts by gradient steps."""
+
+from __future__ import annotations
+
+from itertools import repeat
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from metahpo.errors import NetError
+from metahpo.functional import FunctionalModule, Params
+from metahpo.inner import SGD, FirstOrder, LayerStepRates, Reverse, UpdateRule, unroll
+from metahpo.learners.base import Adapted, Loss, MetaLearner, Metrics
+from metahpo.learners.phase import Improvements, Phase
+from metahpo.tasks.task import Task
+
+
+class MAML(MetaLearner):
+    """Learns initial weights from which a few gradient steps fit a new task (Finn et al. 2017, algorithm 2).
+
+    net: any module, [N, ...] in, [N, outputs] out; it is copied. steps: inner updates, in training and evaluation. inner_lr:
+    their (initial) rate. loss: inner and outer loss. first_order: FOMAML, inner gradients are constants. improvements: those of
+    MAML++, all off by default. adapt_norms: whether batch-norm scales and shifts are adapted with the rest; by default the
+    outer loop alone learns them, as in MAML++. rule: an update rule of your own in place of gradient descent at inner_lr.
+
+    A subclass that adapts other parameters (ANIL, BOIL) overrides ``adapted_names``; every improvement still applies.
+    """
+
+    def __init__(
+        self,
+        net: nn.Module,
+        *,
+        steps: int = 5,
+        inner_lr: float = 0.1,
+        loss: Loss = F.cross_entropy,
+        first_order: bool = False,
+        improvements: Improvements = Improvements(),
+        adapt_norms: bool = False,
+        rule: UpdateRule | None = None,
+    ):
+        super().__init__(loss)
+        if steps < 1:
+            raise NetError(f"steps must be at least 1, found {steps}")
+        self.steps, self.first_order, self.improvements, self.adapt_norms = steps, first_order, improvements, adapt_norms
+        self.module = FunctionalModule(
+            net,
+            statistics_rows=steps if improvements.per_step_statistics else 1,
+            affine_rows=steps if improvements.per_step_affine else 1,
+        )
+        names = self.adapted_names()
+        if not names:
+            raise NetError(f"{type(net).__name__} has no parameter to adapt: all are frozen or batch-norm scales and shifts")
+        if rule is not None and improvements.layer_step_rates:
+            raise NetError("layer_step_rates is itself an update rule; give either it or rule")
+        if rule is None:
+            rule = LayerStepRates(names, steps, inner_lr) if improvements.layer_step_rates else SGD(inner_lr)
+        self.rule = rule
+
+    def adapted_names(self) -> list[str]:
+        """The parameters of the net that the inner loop adapts."""
+        skipped = set() if self.adapt_norms else self.module.norm_names()
+        return [name for name in self.module.params() if name not in skipped]
+
+    @property
+    def batch_dependent(self) -> bool:
+        return self.module.batch_dependent
+
+    def training_phase(self, epoch: int) -> Phase:
+        return self.improvements.training_phase(epoch, self.steps)
+
+    def initial(self, phase: Phase) -> Adapted:
+        """The learner before any inner step."""
+        params = self.module.params()
+        return Adapted({name: params[name] for name in self.adapted_names()}, phase, self.module.buffers_by_name())
+
+    def adapt(self, support_x: Tensor, support_y: Tensor, phase: Phase) -> Adapted:
+        def inner_loss(params: Params, buffers: Params, batch: tuple[Tensor, Tensor], step: int):
+            x, y = batch
+            outputs, buffers = self.module.apply_with(params, buffers, x, step=step, training=phase.training)
+            return self.loss(outputs, y), buffers
+
+        start = self.initial(phase)
+        trajectory = unroll(
+            inner_loss,
+            self.rule,
+            start.params,
+            repeat((support_x, support_y), self.steps),
+            carry=start.buffers,
+            gradient=FirstOrder() if self.first_order or phase.first_order else Reverse(),
+        )
+        return Adapted(trajectory.params, phase, trajectory.carry, tuple(trajectory.steps))
+
+    def predict(self, adapted: Adapted, x: Tensor) -> Tensor:
+        return self._predict(adapted, adapted.params, adapted.buffers, x, max(len(adapted.steps) - 1, 0))[0]
+
+    def meta_loss(self, task: Task, phase: Phase) -> tuple[Tensor, Metrics]:
+        adapted = self.adapt(task.support_x, task.support_y, phase)
+        buffers, losses = adapted.buffers, []
+        judged = range(self.steps) if phase.step_weights is not None else [self.steps - 1]
+        for step in judged:
+            outputs, buffers = self._predict(adapted, adapted.steps[step], buffers, task.query_x, step)
+            losses.append(self.loss(outputs, task.query_y))
+        loss = losses[0]
+        if phase.step_weights is not None:
+            loss = (torch.stack(losses) * phase.step_weights.to(loss)).sum()
+        return loss, {**self.measure(outputs, task.query_y), "buffers": self._changed(buffers)}
+
+    def evaluate(self, task: Task, phase: Phase) -> tuple[Metrics, Tensor]:
+        """As the base class, with ``loss_before`` and ``accuracy_before``: the query set under the initial weights."""
+        metrics, outputs = super().evaluate(task, phase)
+        before = self.predict(self.initial(phase), task.query_x)
+        measured = {"loss": self.loss(before, task.query_y), **self.measure(before, task.query_y)}
+        return {**metrics, **{f"{name}_before": value for name, value in measured.items()}}, outputs
+
+    def _predict(
+        self, adapted: Adapted, params: Params, buffers: Params, x: Tensor, step: int
+    ) -> tuple[Tensor, Params]:
+        phase = adapted.phase
+        return self.module.apply_with(
+            params, buffers, x, step=step, training=phase.training, inductive=phase.inductive
+        )
+
+    def _changed(self, buffers: Params) -> Params:
+        own = self.module.buffers_by_name()
+        return {f"module.net.{name}": b.detach() for name, b in buffers.items() if b is not own[name]}

@@ -1,0 +1,4 @@
+"""The nets of the papers; any ``nn.Module`` works in their place."""
+
+from metahpo.nets.conv4 import Conv4 as Conv4
+from metahpo.nets.mlp import MLP as MLP

@@ -1,0 +1,47 @@
+"""Conv4, the four-block convolutional net of the few-shot papers."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+class ConvBlock(nn.Module):
+    """3x3 convolution (padding 1, bias), batch normalisation, leaky ReLU, 2x2 max pooling."""
+
+    def __init__(self, in_channels: int, filters: int, slope: float, pool: bool):
+        super().__init__()
+        self.conv = nn.Conv2d(in_channels, filters, 3, padding=1)
+        self.bn = nn.BatchNorm2d(filters)
+        self.activation = nn.LeakyReLU(slope) if slope else nn.ReLU()
+        self.pool = nn.MaxPool2d(2) if pool else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.pool(self.activation(self.bn(self.conv(x))))
+
+
+class Conv4(nn.Module):
+    """Four ``ConvBlock``s and a linear layer, as in MAML++ (Antoniou et al. 2019): Xavier-uniform weights, zero biases.
+
+    in_shape: (C, H, W) of the images; out_features: outputs (the ways); filters: channels of every block (64 on Omniglot, 48
+    on Mini-ImageNet); slope: of the leaky ReLU, 0 for ReLU. Images [N, C, H, W] in, logits [N, out_features] out. Blocks
+    stop pooling where the image has shrunk to one pixel a side.
+    """
+
+    def __init__(self, in_shape: tuple[int, int, int], out_features: int, filters: int = 64, slope: float = 0.01):
+        super().__init__()
+        channels, height, width = in_shape
+        blocks = []
+        for _ in range(4):
+            pool = min(height, width) >= 2
+            blocks.append(ConvBlock(channels, filters, slope, pool))
+            channels, height, width = filters, height // (2 if pool else 1), width // (2 if pool else 1)
+        self.blocks = nn.Sequential(*blocks)
+        self.linear = nn.Linear(channels * height * width, out_features)
+        for module in self.modules():
+            if isinstance(module, (nn.Conv2d, nn.Linear)):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(torch.flatten(self.blocks(x), 1))

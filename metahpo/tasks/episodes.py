@@ -1,0 +1,129 @@
+"""N-way K-shot tasks from any labelled data set."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from zlib import crc32
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from metahpo.errors import DataError
+from metahpo.tasks.labelled import LabelledImages
+from metahpo.tasks.task import Task
+
+
+class Episodes:
+    """Numbered few-shot tasks (Vinyals et al. 2016, section 4): task i is a pure function of (seed, split, i).
+
+    Each task draws ``ways`` classes of the split and, of each, ``shots`` support and ``queries`` query images, all different. Images
+    come as float32 [N, C, H, W] in 0..1, labels as int64 0..ways-1; sets are ordered by class. rotate: each class of a task is
+    turned by a random multiple of 90 degrees (the augmentation of Santoro et al. 2016; square images).
+
+    Images stay uint8 on ``device`` until a batch is drawn; a batch is assembled without a loop over images.
+    """
+
+    def __init__(
+        self,
+        data: LabelledImages,
+        split: str,
+        *,
+        ways: int,
+        shots: int,
+        queries: int,
+        seed: int = 0,
+        rotate: bool = False,
+        device: torch.device | str = "cpu",
+    ):
+        if split not in data.splits:
+            raise DataError(f"the data has no split {split!r}; it has {', '.join(data.splits)}")
+        classes = np.asarray(data.splits[split])
+        if len(classes) < ways:
+            raise DataError(f"split {split!r} has {len(classes)} classes, fewer than the {ways} ways of a task")
+        labels = data.labels.cpu().numpy()
+        order = np.argsort(labels, kind="stable")
+        counts = np.bincount(labels, minlength=len(data.class_names))
+        need, short = shots + queries, [c for c in classes if counts[c] < shots + queries]
+        if short:
+            name, count = data.class_names[short[0]], counts[short[0]]
+            more = f" (and {len(short) - 1} more such classes)" if len(short) > 1 else ""
+            raise DataError(
+                f"class {name!r} of split {split!r} has {count} images; a task needs {need} ({shots} shots + {queries} queries){more}"
+            )
+        if rotate and data.images.shape[-1] != data.images.shape[-2]:
+            raise DataError(f"rotate needs square images, found {tuple(data.images.shape[-2:])}")
+        self.ways, self.shots, self.queries, self.seed, self.split, self.rotate = ways, shots, queries, seed, split, rotate
+        self.class_names = data.class_names
+        self._images = data.images.to(device)
+        self._classes, self._counts = classes, counts
+        self._order, self._first = order, np.concatenate([[0], np.cumsum(counts)[:-1]])
+        self._most = int(counts[classes].max())
+
+    @classmethod
+    def from_dataset(cls, dataset: Dataset, classes: Mapping[str, Sequence[int]], split: str, **settings) -> Episodes:
+        """Episodes over a map-style dataset of (image, label) pairs, images as PIL or uint8 [C, H, W]; classes: labels by split."""
+        return cls(labelled(dataset, classes), split, **settings)
+
+    def task(self, index: int) -> Task:
+        return self.batch([index]).select(0)
+
+    def batch(self, indices: Sequence[int]) -> Task:
+        draws = [self._draw(index) for index in indices]
+        rows = torch.as_tensor(np.stack([rows for rows, _ in draws]))
+        turns = torch.as_tensor(np.stack([turns for _, turns in draws]))
+        images = self._images[rows.to(self._images.device)]  # [T, ways, shots + queries, C, H, W]
+        if self.rotate:
+            images = _turned(images, turns.to(images.device))
+        images = images.to(torch.float32).div_(255)
+        support, query = images.split([self.shots, self.queries], dim=2)
+        labels = torch.arange(self.ways, device=images.device).expand(len(draws), self.ways)
+        return Task(
+            support.flatten(1, 2),
+            labels.repeat_interleave(self.shots, 1),
+            query.flatten(1, 2),
+            labels.repeat_interleave(self.queries, 1),
+        )
+
+    def _draw(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        """The image numbers [ways, shots + queries] of a task, and its quarter turns [ways]."""
+        rng = np.random.default_rng([self.seed, crc32(self.split.encode()), index])
+        classes = rng.choice(self._classes, self.ways, replace=False)
+        # The smallest of random keys are a draw without replacement; classes with fewer images have no key beyond their last.
+        keys = rng.random((self.ways, self._most))
+        keys[np.arange(self._most) >= self._counts[classes][:, None]] = 2.0
+        chosen = np.argsort(keys, axis=1)[:, : self.shots + self.queries]
+        return self._order[self._first[classes][:, None] + chosen], rng.integers(0, 4, self.ways)
+
+
+def labelled(dataset: Dataset, classes: Mapping[str, Sequence[int]]) -> LabelledImages:
+    """Reads a map-style dataset of (image, label) into memory; classes: the labels of each split."""
+    images, labels = [], []
+    for index in range(len(dataset)):  # type: ignore[arg-type]
+        image, label = dataset[index]
+        image = torch.as_tensor(np.array(image)) if not isinstance(image, Tensor) else image
+        if image.dtype != torch.uint8:
+            raise DataError(f"item {index} of the dataset is {image.dtype}; expected a PIL image or uint8 [C, H, W]")
+        if image.dim() == 2:
+            image = image[None]
+        elif image.shape[-1] in (1, 3) and image.shape[0] not in (1, 3):
+            image = image.permute(2, 0, 1)
+        images.append(image)
+        labels.append(int(label))
+    count = max(max(labels), *(max(c) for c in classes.values() if len(c))) + 1
+    return LabelledImages(
+        torch.stack(images),
+        torch.tensor(labels),
+        tuple(str(i) for i in range(count)),
+        {split: tuple(int(c) for c in members) for split, members in classes.items()},
+    )
+
+
+def _turned(images: Tensor, turns: Tensor) -> Tensor:
+    """Turns the images [T, ways, n, C, H, W] of each class by turns [T, ways] quarter turns."""
+    out = images.clone()
+    for quarter in (1, 2, 3):
+        chosen = turns == quarter
+        out[chosen] = torch.rot90(images[chosen], quarter, (-2, -1))
+    return out

@@ -1,0 +1,39 @@
+"""What an engine is: a way to run a learner over a batch of tasks."""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Protocol
+
+from torch import Tensor
+
+from metahpo.functional import Params
+from metahpo.learners.base import MetaLearner, Metrics
+from metahpo.learners.phase import Phase
+from metahpo.tasks.task import Task
+
+
+class MetaGradient(NamedTuple):
+    """The outer gradient of a batch of T tasks.
+
+    loss: the mean over tasks, scalar; grads: its gradient by the names of ``learner.outer_params()``, zeros where unused; metrics:
+    means over tasks, and under "buffers" the mean new value of each buffer; losses: [T], each task's own.
+    """
+
+    loss: Tensor
+    grads: Params
+    metrics: Metrics
+    losses: Tensor
+
+
+class Engine(Protocol):
+    """All engines give the same numbers to rounding; they differ in speed and memory."""
+
+    name: str
+
+    def meta_gradient(self, learner: MetaLearner, tasks: Task, phase: Phase) -> MetaGradient:
+        """The outer gradient over a batch of tasks [T, N, ...]."""
+        ...
+
+    def evaluate(self, learner: MetaLearner, tasks: Task, phase: Phase) -> tuple[Metrics, Tensor]:
+        """Each task's metrics, [T] by name, and its query outputs [T, N, ...]."""
+        ...

@@ -1,0 +1,43 @@
+"""The reference engine: one task after the other."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from metahpo.functional.trees import map_tree, stack_trees
+from metahpo.learners.base import MetaLearner, Metrics
+from metahpo.learners.phase import Phase
+from metahpo.tasks.task import Task
+from metahpo.training.engines.base import MetaGradient
+
+
+class Loop:
+    """Runs the tasks of a batch in turn; memory is that of one task."""
+
+    name = "loop"
+
+    def meta_gradient(self, learner: MetaLearner, tasks: Task, phase: Phase) -> MetaGradient:
+        params = learner.outer_params()
+        count = tasks.query_x.shape[0]
+        total: list[Tensor] | None = None
+        losses, rows = [], []
+        for index in range(count):
+            loss, metrics = learner.meta_loss(tasks.select(index), phase)
+            grads = torch.autograd.grad(loss / count, list(params.values()), materialize_grads=True)
+            total = list(grads) if total is None else torch._foreach_add(total, grads)
+            losses.append(loss.detach())
+            rows.append(metrics)
+        stacked = torch.stack(losses)
+        return MetaGradient(stacked.mean(), dict(zip(params, total or ())), _mean_rows(rows), stacked)
+
+    @torch.no_grad()
+    def evaluate(self, learner: MetaLearner, tasks: Task, phase: Phase) -> tuple[Metrics, Tensor]:
+        results = [learner.evaluate(tasks.select(index), phase) for index in range(tasks.query_x.shape[0])]
+        return stack_trees([metrics for metrics, _ in results]), torch.stack([outputs for _, outputs in results])
+
+
+def _mean_rows(rows: list[Metrics]) -> Metrics:
+    buffers = [row.pop("buffers", {}) for row in rows]
+    mean = lambda tensor: tensor.detach().mean(0)  # noqa: E731
+    return {**map_tree(mean, stack_trees(rows)), "buffers": map_tree(mean, stack_trees(buffers))}
