@@ -68,21 +68,31 @@ class MetaLearner(nn.Module):
         loss = self.loss(outputs, task.query_y)
         return loss, self.measure(outputs, task.query_y)
 
-    def evaluate(self, task: Task, phase: Phase) -> tuple[Metrics, Tensor]:
-        """Scalar metrics of one task, and the outputs [N, ...] for its query set.
+    def outputs(self, task: Task, phase: Phase) -> dict[str, Tensor]:
+        """The outputs [N, ...] for a task's query set, by kind.
 
-        ``loss`` and ``accuracy`` normalise the query set with its own batch statistics (transductive) where the learner has batch
-        norm; ``accuracy_inductive`` (or ``loss_inductive`` in regression) predicts each query alone.
+        "after": after adapting, the query set normalised by its own batch statistics where the learner has batch norm
+        (transductive, as the papers report); "inductive": each query predicted alone.
         """
         adapted = self.adapt(task.support_x, task.support_y, phase)
-        outputs = self.predict(adapted, task.query_x)
-        metrics = {"loss": self.loss(outputs, task.query_y), **self.measure(outputs, task.query_y)}
+        after = alone = self.predict(adapted, task.query_x)
         if self.batch_dependent:
             alone = self.predict(replace(adapted, phase=replace(phase, inductive=True)), task.query_x)
-        else:
-            alone = outputs
-        metrics["loss_inductive"] = self.loss(alone, task.query_y)
-        return {**metrics, **{f"{name}_inductive": v for name, v in self.measure(alone, task.query_y).items()}}, outputs
+        return {"after": after, "inductive": alone}
+
+    def judge(self, outputs: dict[str, Tensor], targets: Tensor) -> Metrics:
+        """Scalar metrics of one task from its ``outputs``: ``loss`` and ``accuracy``, then ``loss_inductive`` and so on."""
+        metrics = {}
+        for kind, values in outputs.items():
+            suffix = "" if kind == "after" else f"_{kind}"
+            metrics[f"loss{suffix}"] = self.loss(values, targets)
+            metrics.update({f"{name}{suffix}": value for name, value in self.measure(values, targets).items()})
+        return metrics
+
+    def evaluate(self, task: Task, phase: Phase) -> tuple[Metrics, dict[str, Tensor]]:
+        """One task's metrics and outputs."""
+        outputs = self.outputs(task, phase)
+        return self.judge(outputs, task.query_y), outputs
 
     @property
     def batch_dependent(self) -> bool:

@@ -106,12 +106,9 @@ class MAML(MetaLearner):
             loss = (torch.stack(losses) * phase.step_weights.to(loss)).sum()
         return loss, {**self.measure(outputs, task.query_y), "buffers": self._changed(buffers)}
 
-    def evaluate(self, task: Task, phase: Phase) -> tuple[Metrics, Tensor]:
-        """As the base class, with ``loss_before`` and ``accuracy_before``: the query set under the initial weights."""
-        metrics, outputs = super().evaluate(task, phase)
-        before = self.predict(self.initial(phase), task.query_x)
-        measured = {"loss": self.loss(before, task.query_y), **self.measure(before, task.query_y)}
-        return {**metrics, **{f"{name}_before": value for name, value in measured.items()}}, outputs
+    def outputs(self, task: Task, phase: Phase) -> dict[str, Tensor]:
+        """As the base class, with "before": the query set under the initial weights."""
+        return {**super().outputs(task, phase), "before": self.predict(self.initial(phase), task.query_x)}
 
     def _predict(
         self, adapted: Adapted, params: Params, buffers: Params, x: Tensor, step: int

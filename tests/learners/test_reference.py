@@ -89,7 +89,6 @@ def test_equals_the_authors_program(reference, case, engine):
 
 def test_logits_equal_the_authors(reference):
     learner, tasks = build(reference)
-    _, logits = ENGINES["loop"]().evaluate(learner, tasks, Phase())
-    torch.testing.assert_close(
-        logits, torch.as_tensor(reference["final_second/target_logits"]).double().reshape(logits.shape), rtol=1e-8, atol=1e-10
-    )
+    _, outputs = ENGINES["loop"]().evaluate(learner, tasks, Phase())
+    expected = torch.as_tensor(reference["final_second/target_logits"])
+    torch.testing.assert_close(outputs["after"], expected, rtol=1e-8, atol=1e-10)

@@ -34,6 +34,6 @@ class Engine(Protocol):
         """The outer gradient over a batch of tasks [T, N, ...]."""
         ...
 
-    def evaluate(self, learner: MetaLearner, tasks: Task, phase: Phase) -> tuple[Metrics, Tensor]:
-        """Each task's metrics, [T] by name, and its query outputs [T, N, ...]."""
+    def evaluate(self, learner: MetaLearner, tasks: Task, phase: Phase) -> tuple[Metrics, Params]:
+        """Each task's metrics, [T] by name, and its query outputs, [T, N, ...] by kind (``MetaLearner.outputs``)."""
         ...

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from metahpo.functional.trees import map_tree, stack_trees
+from metahpo.functional.trees import Params, map_tree, stack_trees
 from metahpo.learners.base import MetaLearner, Metrics
 from metahpo.learners.phase import Phase
 from metahpo.tasks.task import Task
@@ -32,9 +32,9 @@ class Loop:
         return MetaGradient(stacked.mean(), dict(zip(params, total or ())), _mean_rows(rows), stacked)
 
     @torch.no_grad()
-    def evaluate(self, learner: MetaLearner, tasks: Task, phase: Phase) -> tuple[Metrics, Tensor]:
+    def evaluate(self, learner: MetaLearner, tasks: Task, phase: Phase) -> tuple[Metrics, Params]:
         results = [learner.evaluate(tasks.select(index), phase) for index in range(tasks.query_x.shape[0])]
-        return stack_trees([metrics for metrics, _ in results]), torch.stack([outputs for _, outputs in results])
+        return stack_trees([metrics for metrics, _ in results]), stack_trees([outputs for _, outputs in results])
 
 
 def _mean_rows(rows: list[Metrics]) -> Metrics:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 from torch.func import vmap
 
 from metahpo.errors import NetError
-from metahpo.functional.trees import map_tree
+from metahpo.functional.trees import Params, map_tree
 from metahpo.learners.base import MetaLearner, Metrics
 from metahpo.learners.phase import Phase
 from metahpo.tasks.task import Task
@@ -30,7 +29,7 @@ class VMap:
         return MetaGradient(loss.detach(), dict(zip(params, grads)), means, losses.detach())
 
     @torch.no_grad()
-    def evaluate(self, learner: MetaLearner, tasks: Task, phase: Phase) -> tuple[Metrics, Tensor]:
+    def evaluate(self, learner: MetaLearner, tasks: Task, phase: Phase) -> tuple[Metrics, Params]:
         return _vmapped(lambda *task: learner.evaluate(Task(*task), phase), learner, tasks)
 
 

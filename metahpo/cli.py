@@ -1,0 +1,207 @@
+"""The command line."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from metahpo import __version__
+from metahpo.errors import CheckpointError, ConfigError, MetaHPOError, NonFiniteError
+
+TRAIN = """Meta-trains the learner that CONFIG describes, tests it, and writes a report.
+
+Overrides change any key of the config: metahpo train configs/glyphs_5way_1shot/maml_pp.yaml training.epochs=20 net.filters=64
+The run directory (default: runs/CONFIG/DATE-TIME) holds config.yaml, versions.json, metrics.csv, checkpoints/, test.json
+and report/report.md. Ctrl-C or SIGTERM ends the current step, saves, and exits with 130 or 143; --resume goes on from
+there, or after a crash, to the same result bit for bit."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command line and returns its exit code: 0, 1 (training diverged), 2 (bad input), 130/143 (stopped)."""
+    options = _parser().parse_args(arguments)
+    try:
+        return options.run(options)
+    except NonFiniteError as error:
+        print(f"metahpo: {error}", file=sys.stderr)
+        return 1
+    except MetaHPOError as error:
+        for line in str(error).splitlines():
+            print(f"metahpo: {line}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt as stop:
+        print(f"metahpo: {stop or 'stopped by SIGINT'}", file=sys.stderr)
+        return 128 + getattr(stop, "signum", 2)
+    except BrokenPipeError:
+        # Whoever read the output has gone; Python would complain once more when it flushes at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="metahpo", description="Meta-learning and hyperparameter optimisation.")
+    parser.add_argument("--version", action="version", version=f"metahpo {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    raw = argparse.RawDescriptionHelpFormatter
+
+    train = commands.add_parser("train", help="meta-train, test and report", description=TRAIN, formatter_class=raw)
+    train.add_argument("config", nargs="?", metavar="CONFIG", help="a YAML file; the project's own are under configs/")
+    train.add_argument("overrides", nargs="*", metavar="KEY.SUB=VALUE", help="settings that replace the config's")
+    train.add_argument("--resume", metavar="RUN_DIR", help="go on with a run that was stopped")
+    train.add_argument(
+        "--until-epoch", type=_positive, metavar="N", help="stop after N epochs in all, test and report; --resume goes on"
+    )
+    train.set_defaults(run=_train)
+
+    evaluate = commands.add_parser(
+        "evaluate",
+        help="test a run's best checkpoint and its ensemble",
+        description="Tests the best checkpoint by validation, and the best ones together, on fixed tasks of a split.",
+    )
+    evaluate.add_argument("run_dir", metavar="RUN_DIR")
+    evaluate.add_argument("--split", default="test", choices=["train", "val", "test"])
+    evaluate.add_argument("--tasks", type=_positive, help="how many tasks (default: the config's training.test_tasks)")
+    evaluate.set_defaults(run=_evaluate)
+
+    report = commands.add_parser(
+        "report",
+        help="write a run's report again",
+        description="Writes RUN_DIR/report/report.md and its pictures from what the run directory holds.",
+    )
+    report.add_argument("run_dir", metavar="RUN_DIR")
+    report.set_defaults(run=_report)
+    return parser
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"should be at least 1, found {value}")
+    return value
+
+
+def _train(options: argparse.Namespace) -> int:
+    # Imported here, so that --help and usage errors answer at once.
+    from metahpo.building import build_trainer
+    from metahpo.config import dump_config, load_config
+    from metahpo.training.checkpoint import write_atomically
+
+    if options.resume:
+        if options.config:
+            raise ConfigError(f"--resume takes the run's own config; found {options.config!r} as well")
+        run_dir = _run_dir(options.resume)
+        config = load_config(run_dir / "config.yaml")
+        trainer = build_trainer(config, run_dir, resume=True)
+        print(f"resuming {run_dir} at epoch {trainer.epoch + 1}, iteration {trainer.iteration + 1}")
+    else:
+        if not options.config:
+            raise ConfigError("a CONFIG is needed, or --resume RUN_DIR; see metahpo train --help")
+        config = load_config(options.config, options.overrides)
+        run_dir = config.run_dir or _new_run_dir(Path(options.config))
+        trainer = build_trainer(config, run_dir)
+        run_dir.mkdir(parents=True, exist_ok=True)
+        write_atomically(run_dir / "config.yaml", dump_config(config).encode())
+        count = sum(p.numel() for p in trainer.learner.outer_params().values())
+        print(f"{options.config}: {count:,} meta-parameters on {trainer.device}, run directory {run_dir}")
+    trainer.fit(options.until_epoch, on_epoch=lambda row: print(_epoch_line(row, config.training.epochs), flush=True))
+    _test_and_report(config, run_dir, "test", config.training.test_tasks)
+    return 0
+
+
+def _evaluate(options: argparse.Namespace) -> int:
+    from metahpo.config import load_config
+
+    run_dir = _run_dir(options.run_dir)
+    config = load_config(run_dir / "config.yaml")
+    _test(config, run_dir, options.split, options.tasks or config.training.test_tasks)
+    return 0
+
+
+def _report(options: argparse.Namespace) -> int:
+    from metahpo.building import build_learner, build_tasks
+    from metahpo.config import load_config
+    from metahpo.training.ensemble import load_best
+
+    run_dir = _run_dir(options.run_dir)
+    config = load_config(run_dir / "config.yaml")
+    tasks = build_tasks(config, ("test",))["test"]
+    learner = build_learner(config, tasks.task(0))
+    load_best(run_dir, learner, config.training)
+    _write_report(run_dir, learner, tasks.task(0))
+    return 0
+
+
+def _test_and_report(config: Any, run_dir: Path, split: str, count: int) -> None:
+    learner, tasks = _test(config, run_dir, split, count)
+    _write_report(run_dir, learner, tasks.task(0))
+
+
+def _test(config: Any, run_dir: Path, split: str, count: int):
+    from metahpo.building import build_learner, build_tasks
+    from metahpo.training.checkpoint import write_atomically
+    from metahpo.training.ensemble import evaluate_run
+
+    tasks = build_tasks(config, (split,))[split]
+    learner = build_learner(config, tasks.task(0))
+    rows = evaluate_run(run_dir, learner, tasks, count, config.training)
+    result = {"split": split, "tasks": count, "rows": rows}
+    write_atomically(run_dir / f"{split}.json", json.dumps(result, indent=2).encode())
+    print(f"{count} {split} tasks (± 95% confidence):")
+    for name, row in rows.items():
+        print(f"  {name:14} {_result(row)}")
+    return learner, tasks
+
+
+def _write_report(run_dir: Path, learner: Any, example: Any) -> None:
+    from metahpo.report import write_report
+
+    print(f"report: {write_report(run_dir, learner.cpu(), example.to('cpu'))}")
+
+
+def _run_dir(name: str) -> Path:
+    path = Path(name)
+    if not (path / "config.yaml").exists():
+        raise CheckpointError(f"{name} is not a run directory: it has no config.yaml")
+    return path
+
+
+def _new_run_dir(config: Path) -> Path:
+    base = Path("runs") / config.parent.name / config.stem / time.strftime("%Y-%m-%d-%H%M%S")
+    number, path = 1, base
+    while path.exists():
+        number += 1
+        path = base.with_name(f"{base.name}-{number}")
+    return path
+
+
+def _epoch_line(row: dict[str, float], epochs: int) -> str:
+    if "val_accuracy" in row:
+        train = f"{row['train_accuracy']:.1%}" if "train_accuracy" in row else "-"
+        result = (
+            f"accuracy: train {train}, val {row['val_accuracy']:.1%} ± {100 * row['val_accuracy_ci']:.1f}, "
+            f"inductive {row['val_accuracy_inductive']:.1%}"
+        )
+    else:
+        before = f", before adapting {row['val_loss_before']:.4f}" if "val_loss_before" in row else ""
+        result = f"val loss {row['val_loss']:.4f} ± {row['val_loss_ci']:.4f}{before}"
+    return f"epoch {int(row['epoch'])}/{epochs}  train loss {row['train_loss']:.4f}  {result}  {row['seconds']:.0f} s"
+
+
+def _result(row: dict[str, float]) -> str:
+    if "accuracy" in row:
+        before = f", before adapting {row['accuracy_before']:.1%}" if "accuracy_before" in row else ""
+        return (
+            f"accuracy {row['accuracy']:.1%} ± {100 * row['accuracy_ci']:.1f} transductive, "
+            f"{row['accuracy_inductive']:.1%} ± {100 * row['accuracy_inductive_ci']:.1f} inductive{before}"
+        )
+    before = f", before adapting {row['loss_before']:.4f}" if "loss_before" in row else ""
+    return f"loss {row['loss']:.4f} ± {row['loss_ci']:.4f}{before}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

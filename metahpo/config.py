@@ -1,0 +1,289 @@
+"""Every run as one validated tree of settings."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, Discriminator, Field, Tag, ValidationError, field_validator
+
+from metahpo.errors import ConfigError
+from metahpo.training.settings import Settings, TrainingSettings
+
+# Where a name may be the user's own code, MODULE:ATTRIBUTE, found from the working directory.
+CustomName = Annotated[str, Field(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")]
+
+
+class EpisodeSettings(Settings):
+    """N-way K-shot tasks."""
+
+    ways: int = Field(5, ge=2)
+    shots: int = Field(1, ge=1)
+    queries: int = Field(15, ge=1, description="query images a class in training")
+    eval_queries: int | None = Field(None, ge=1, description="the same in validation and test; null: as in training")
+
+
+class GlyphsSettings(EpisodeSettings):
+    """The bundled glyphs: 1,429 characters of 33 scripts, rendered from fonts, 28x28."""
+
+    source: Literal["glyphs"]
+
+
+class OmniglotSettings(EpisodeSettings):
+    """Omniglot, 28x28, from its two zips or their folders."""
+
+    source: Literal["omniglot"]
+    root: Path = Path("data/omniglot")
+    download: bool = Field(False, description="fetch it by torchvision if it is not there")
+    split: Literal["shuffled", "alphabet"] = "shuffled"
+    rotate: bool = Field(True, description="in training turn each class of a task by a random multiple of 90 degrees")
+
+
+class FolderSettings(EpisodeSettings):
+    """Images in ROOT/{train,val,test}/CLASS/."""
+
+    source: Literal["folder"]
+    root: Path
+    size: int = Field(84, ge=1, description="height and width in pixels")
+    channels: Literal[1, 3] = 3
+    rotate: bool = False
+
+
+class SinusoidSettings(Settings):
+    """Sine waves (Finn et al. 2017)."""
+
+    source: Literal["sinusoid"]
+    shots: int = Field(10, ge=1)
+    queries: int = Field(10, ge=1)
+    eval_queries: int | None = Field(100, ge=1)
+
+
+class CustomTasks(Settings):
+    """Your own tasks: MODULE:FUNCTION, called with split="train"|"val"|"test", seed and args, gives a TaskSource."""
+
+    source: CustomName
+    args: dict[str, Any] = Field(default_factory=dict)
+
+
+class Conv4Settings(Settings):
+    name: Literal["conv4"]
+    filters: int = Field(64, ge=1)
+    slope: float = Field(0.01, ge=0, description="of the leaky ReLU; 0: ReLU")
+
+
+class MLPSettings(Settings):
+    name: Literal["mlp"]
+    hidden: tuple[int, ...] = (40, 40)
+
+
+class CustomNet(Settings):
+    """Your own net: MODULE:FUNCTION, called with args, and with in_shape and out_features if it takes them."""
+
+    name: CustomName
+    args: dict[str, Any] = Field(default_factory=dict)
+
+
+class MAMLSettings(Settings):
+    name: Literal["maml"]
+    steps: int = Field(5, ge=1)
+    inner_lr: float = Field(0.1, gt=0)
+    first_order: bool = False
+    adapt_norms: bool = Field(False, description="adapt batch-norm scales and shifts in the inner loop too")
+
+
+class MAMLPlusPlusSettings(Settings):
+    name: Literal["maml_pp"]
+    steps: int = Field(5, ge=1)
+    inner_lr: float = Field(0.1, gt=0, description="initial rate")
+    multi_step_epochs: int = Field(10, ge=0, description="annealing of the multi-step loss; 0: off")
+    first_order_epochs: int = Field(0, ge=0, description="first-order epochs before second-order ones; 0: off")
+    per_step_statistics: bool = True
+    per_step_affine: bool = True
+    layer_step_rates: bool = True
+
+
+class CustomLearner(Settings):
+    """Your own learner: MODULE:CLASS, called with the net, loss=... if it takes it, and args."""
+
+    name: CustomName
+    args: dict[str, Any] = Field(default_factory=dict)
+
+
+def _tag(key: str):
+    def tag(value: Any) -> str | None:
+        name = value.get(key) if isinstance(value, Mapping) else getattr(value, key, None)
+        return "custom" if isinstance(name, str) and ":" in name else name
+
+    return Discriminator(tag)
+
+
+UNIONS: dict[str, dict[str, type[Settings]]] = {
+    "data": {
+        "glyphs": GlyphsSettings,
+        "omniglot": OmniglotSettings,
+        "folder": FolderSettings,
+        "sinusoid": SinusoidSettings,
+        "custom": CustomTasks,
+    },
+    "net": {"conv4": Conv4Settings, "mlp": MLPSettings, "custom": CustomNet},
+    "learner": {"maml": MAMLSettings, "maml_pp": MAMLPlusPlusSettings, "custom": CustomLearner},
+}
+_NAME_KEY = {"data": "source", "net": "name", "learner": "name"}
+
+Data = Annotated[
+    Annotated[GlyphsSettings, Tag("glyphs")]
+    | Annotated[OmniglotSettings, Tag("omniglot")]
+    | Annotated[FolderSettings, Tag("folder")]
+    | Annotated[SinusoidSettings, Tag("sinusoid")]
+    | Annotated[CustomTasks, Tag("custom")],
+    _tag("source"),
+]
+Net = Annotated[
+    Annotated[Conv4Settings, Tag("conv4")] | Annotated[MLPSettings, Tag("mlp")] | Annotated[CustomNet, Tag("custom")],
+    _tag("name"),
+]
+Learner = Annotated[
+    Annotated[MAMLSettings, Tag("maml")]
+    | Annotated[MAMLPlusPlusSettings, Tag("maml_pp")]
+    | Annotated[CustomLearner, Tag("custom")],
+    _tag("name"),
+]
+
+
+class RunConfig(Settings):
+    """One run. ``data``, ``net`` and ``learner`` are chosen by their ``source`` or ``name``; a bare name stands for its defaults."""
+
+    data: Data
+    net: Net
+    learner: Learner
+    training: TrainingSettings = TrainingSettings()
+    run_dir: Path | None = Field(None, description="null: runs/CONFIG/DATE-TIME")
+
+    @field_validator("training", mode="before")
+    @classmethod
+    def _empty_section(cls, value: Any) -> Any:
+        return {} if value is None else value
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Reads a YAML config and applies ``key.sub=value`` overrides (values in YAML too).
+
+    Raises ConfigError with every error at once, a line each, naming the dotted key, what was found and what was expected.
+    """
+    path = Path(path)
+    try:
+        tree = yaml.load(path.read_text(), _Loader)  # noqa: S506 (a SafeLoader)
+    except OSError as error:
+        raise ConfigError(f"cannot read config {path}: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"config {path} is not text") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"config {path} is not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(tree, dict):
+        raise ConfigError(f"config {path} holds {type(tree).__name__}; expected keys {', '.join(RunConfig.model_fields)}")
+    for key in UNIONS:
+        if isinstance(tree.get(key), str):
+            tree[key] = {_NAME_KEY[key]: tree[key]}
+    for override in overrides:
+        _override(tree, override)
+    return validate(tree, str(path))
+
+
+def validate(tree: Mapping[str, Any], where: str) -> RunConfig:
+    """The tree as a config; ``where`` begins the error's message."""
+    try:
+        return RunConfig.model_validate(tree)
+    except ValidationError as error:
+        lines = [_line(dict(e), tree) for e in error.errors()]
+        raise ConfigError("\n".join(f"{where}: {line}" for line in lines)) from None
+
+
+def dump_config(config: RunConfig) -> str:
+    """The config as YAML with every setting spelt out; ``load_config`` of it gives the same config."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+
+
+def _override(tree: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"{override!r} is not an override; expected KEY.SUB=VALUE")
+    try:
+        value = yaml.load(text, _Loader)  # noqa: S506
+    except yaml.YAMLError:
+        raise ConfigError(f"the value in {override!r} is not YAML") from None
+    *parents, last = key.split(".")
+    node = tree
+    for parent in parents:
+        child = node.setdefault(parent, {})
+        if child is None:
+            child = node[parent] = {}
+        if not isinstance(child, dict):
+            raise ConfigError(f"{override!r}: {parent!r} is a value, not a section")
+        node = child
+    if not parents and key in UNIONS and isinstance(value, str):
+        value = {_NAME_KEY[key]: value}
+    node[last] = value
+
+
+# One line an error.
+
+
+def _line(error: dict[str, Any], tree: Mapping[str, Any]) -> str:
+    loc = list(error["loc"])
+    model: type[BaseModel] | None = RunConfig
+    if loc and loc[0] in UNIONS:
+        model = UNIONS[str(loc[0])].get(str(loc.pop(1))) if len(loc) > 1 else None
+    elif loc and loc[0] == "training":
+        model = TrainingSettings
+    path, found = ".".join(map(str, loc)), error["input"]
+    kind = error["type"]
+    if kind == "extra_forbidden":
+        known = list((model or RunConfig).model_fields)
+        near = difflib.get_close_matches(str(loc[-1]), known, 1)
+        hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
+        return f"unknown key {path!r}; {hint}"
+    if kind == "missing":
+        return f"key {path!r} is missing"
+    if kind in ("union_tag_invalid", "union_tag_not_found"):
+        return _tag_line(path, tree.get(path))
+    expected = error["msg"].removeprefix("Value error, ").replace("Input should", "should")
+    return f"{path}: {expected}, found {found!r}"
+
+
+def _tag_line(key: str, section: Any) -> str:
+    names, name_key = [n for n in UNIONS[key] if n != "custom"], _NAME_KEY[key]
+    if not isinstance(section, Mapping):
+        return f"{key}: should be a name or a section, found {section!r}"
+    if name_key not in section:
+        return f"key '{key}.{name_key}' is missing; one of {', '.join(names)}, or MODULE:NAME of your own"
+    near = difflib.get_close_matches(str(section[name_key]), names, 1)
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    return (
+        f"{key}.{name_key}: {hint}should be one of {', '.join(names)}, or MODULE:NAME of your own, found {section[name_key]!r}"
+    )
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML in which 1e-3 is a number (YAML 1.1 wants 1.0e-3) and a key given twice is an error."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        for key in _repeated(k.value for k, _ in node.value):
+            raise yaml.YAMLError(f"key {key!r} is given twice{node.start_mark}")
+        return super().construct_mapping(node, deep)
+
+
+def _repeated(keys: Iterator[Any]) -> Iterator[Any]:
+    seen: set[Any] = set()
+    for key in keys:
+        if key in seen:
+            yield key
+        seen.add(key)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+)

@@ -1,0 +1,142 @@
+"""Checkpoints that survive a crash at any moment and are never half read."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import pickle
+import re
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from metahpo.errors import CheckpointError
+
+State = dict[str, Any]
+# epoch-0003.<checksum>.pt holds the state after 3 epochs; epoch-0003-step-00017 that after 17 more iterations.
+_NAME = re.compile(r"epoch-(\d+)(?:-step-(\d+))?\.([0-9a-f]{16})\.pt")
+
+
+class CheckpointStore:
+    """The checkpoints of one run, in one folder.
+
+    A file is written whole under another name, synced, and renamed, so a name that exists is a complete file; the name carries
+    the start of the content's SHA-256, so later damage is noticed. ``torch.load(file, weights_only=True)`` reads it.
+    """
+
+    def __init__(self, folder: str | Path):
+        self.folder = Path(folder)
+
+    def save(self, state: State, epoch: int, iteration: int = 0, keep: Collection[int] = ()) -> Path:
+        """Saves ``state`` reached after ``epoch`` whole epochs and ``iteration`` iterations of the next.
+
+        Then deletes all but the two newest checkpoints and those of the epochs in ``keep``.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        buffer = io.BytesIO()
+        torch.save(state, buffer)
+        data = buffer.getvalue()
+        step = f"-step-{iteration:05d}" if iteration else ""
+        path = self.folder / f"epoch-{epoch:04d}{step}.{_checksum(data)}.pt"
+        write_atomically(path, data)
+        self._prune(path, keep)
+        return path
+
+    def list(self) -> list[Path]:
+        """All checkpoints, oldest state first."""
+        return sorted((p for p in self.folder.glob("*.pt") if _NAME.fullmatch(p.name)), key=position)
+
+    def latest(self) -> tuple[Path, State, list[str]]:
+        """The newest checkpoint that is whole: its path, its state, and a line for each damaged one passed over."""
+        damaged: list[str] = []
+        for path in reversed(self.list()):
+            try:
+                return path, load_checkpoint(path), damaged
+            except DamagedCheckpoint as error:
+                damaged.append(str(error))
+        if damaged:
+            raise CheckpointError(f"no whole checkpoint in {self.folder}: {'; '.join(damaged)}")
+        raise CheckpointError(f"no checkpoint in {self.folder}")
+
+    def of_epoch(self, epoch: int) -> Path:
+        """The checkpoint taken after ``epoch`` whole epochs."""
+        for path in self.list():
+            if position(path) == (epoch, 0):
+                return path
+        raise CheckpointError(f"no checkpoint of epoch {epoch} in {self.folder}")
+
+    def _prune(self, newest: Path, keep: Collection[int]) -> None:
+        for stray in self.folder.glob(".*.tmp"):
+            stray.unlink(missing_ok=True)
+        # The same position saved twice (another machine's rounding) leaves one file: the new one.
+        paths = [p for p in self.list() if p == newest or position(p) != position(newest)]
+        wanted = {newest, *paths[-2:], *(p for p in paths if position(p)[1] == 0 and position(p)[0] in keep)}
+        for path in self.list():
+            if path not in wanted:
+                path.unlink(missing_ok=True)
+
+
+class DamagedCheckpoint(CheckpointError):
+    """A checkpoint whose content is not what was written."""
+
+
+def position(path: Path) -> tuple[int, int]:
+    """(whole epochs, iterations of the next) of a checkpoint, by its name."""
+    match = _NAME.fullmatch(path.name)
+    if match is None:
+        raise CheckpointError(f"{path} is not named like a checkpoint (epoch-0001.CHECKSUM.pt)")
+    return int(match[1]), int(match[2] or 0)
+
+
+def load_checkpoint(path: str | Path) -> State:
+    """Reads one checkpoint; raises DamagedCheckpoint if it was damaged, CheckpointError if it holds code."""
+    path = Path(path)
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise CheckpointError(f"cannot read checkpoint {path}: {error.strerror}") from None
+    match = _NAME.fullmatch(path.name)
+    if match and _checksum(data) != match[3]:
+        raise DamagedCheckpoint(f"checkpoint {path} is damaged: its checksum is {_checksum(data)}, its name says {match[3]}")
+    try:
+        state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:
+        raise CheckpointError(f"checkpoint {path} holds code or objects other than tensors and plain values; refused") from None
+    except Exception as error:
+        raise DamagedCheckpoint(f"checkpoint {path} is damaged: {str(error).splitlines()[0]}") from None
+    if not (isinstance(state, dict) and {"learner", "epoch"} <= set(state)):
+        raise CheckpointError(f"{path} is not a metahpo checkpoint: it has no learner and epoch")
+    return state
+
+
+def load_learner(learner: torch.nn.Module, state: Mapping[str, torch.Tensor], where: str | Path) -> None:
+    """``learner.load_state_dict`` with an error that names the first entry which does not fit."""
+    own = learner.state_dict()
+    for name in [*own, *state]:
+        found = tuple(state[name].shape) if name in state else "nothing"
+        expected = tuple(own[name].shape) if name in own else "nothing"
+        if found != expected:
+            raise CheckpointError(f"{where} does not fit the learner: {name!r} is {found}, expected {expected}")
+    learner.load_state_dict(state)
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Writes a file so that after a crash it is either as before or complete."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with open(temporary, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def _checksum(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()[:16]

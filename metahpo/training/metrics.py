@@ -1,0 +1,82 @@
+"""Means with confidence intervals, and the log of a run."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from metahpo.training.checkpoint import write_atomically
+
+Row = dict[str, float]
+
+
+def summarise(metrics: Mapping[str, Tensor]) -> Row:
+    """The mean over tasks of each metric [T], and half the width of its 95% confidence interval as NAME_ci (normal, n - 1)."""
+    row: Row = {}
+    for name, values in metrics.items():
+        values = values.double()
+        row[name] = values.mean().item()
+        count = len(values)
+        row[f"{name}_ci"] = 1.96 * values.std().item() / math.sqrt(count) if count > 1 else math.nan
+    return row
+
+
+def score(row: Mapping[str, float]) -> float:
+    """What validation ranks epochs by: accuracy where there is one, else minus the loss."""
+    return row["val_accuracy"] if "val_accuracy" in row else -row["val_loss"]
+
+
+def best_epochs(history: Sequence[Mapping[str, float]], count: int) -> list[int]:
+    """The ``count`` best epochs of a history by validation, best first; of equals the earlier."""
+    ranked = sorted(history, key=lambda row: (-score(row), row["epoch"]))
+    return [int(row["epoch"]) for row in ranked[:count]]
+
+
+class SumOfMetrics:
+    """Running means of scalar tensors, kept on their device until read; float64, so that they can be stored exactly."""
+
+    def __init__(self, count: int = 0, sums: Mapping[str, float] | None = None):
+        self.count = count
+        self._sums: dict[str, Tensor | float] = dict(sums or {})
+
+    def add(self, metrics: Mapping[str, Tensor]) -> None:
+        self.count += 1
+        for name, value in metrics.items():
+            self._sums[name] = self._sums.get(name, 0.0) + value.detach().to(torch.float64)
+
+    def sums(self) -> Row:
+        return {name: float(value) for name, value in self._sums.items()}
+
+    def means(self) -> Row:
+        return {name: value / self.count for name, value in self.sums().items()}
+
+
+class CsvLog:
+    """metrics.csv: one row an epoch. Rewritten whole each time, so that it is never torn."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def write(self, rows: Sequence[Mapping[str, float]]) -> None:
+        names = list(dict.fromkeys(name for row in rows for name in row))
+        text = io.StringIO()
+        writer = csv.DictWriter(text, names, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows({name: _plain(value) for name, value in row.items()} for row in rows)
+        write_atomically(self.path, text.getvalue().encode())
+
+    def read(self) -> list[Row]:
+        if not self.path.exists():
+            return []
+        with open(self.path, newline="") as file:
+            return [{name: float(value) for name, value in row.items() if value} for row in csv.DictReader(file)]
+
+
+def _plain(value: float) -> float | int:
+    return int(value) if float(value).is_integer() and abs(value) < 1e9 else value

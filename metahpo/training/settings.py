@@ -1,0 +1,60 @@
+"""The settings of a training."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+
+class Settings(BaseModel):
+    """Base of all settings: frozen, and a key that does not exist is an error."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class TrainingSettings(Settings):
+    """How the outer loop runs. An epoch is ``iterations`` updates, each from the mean gradient over ``tasks`` tasks."""
+
+    epochs: int = Field(100, ge=1)
+    iterations: int = Field(500, ge=1, description="outer updates an epoch")
+    tasks: int = Field(8, ge=1, description="tasks a batch")
+    optimizer: str = Field("Adam", description="any class of torch.optim")
+    optimizer_args: dict[str, Any] = Field(default_factory=dict, description="its arguments other than lr")
+    lr: float = Field(1e-3, gt=0, description="outer rate")
+    min_lr: float | None = Field(1e-5, ge=0, description="cosine annealing by epoch from lr down to it; null: constant rate")
+    clip_value: float | None = Field(None, gt=0, description="clamp each outer gradient entry to +- this")
+    clip_norm: float | None = Field(None, gt=0, description="scale the outer gradient to at most this norm")
+    val_tasks: int = Field(600, ge=1, description="fixed validation tasks after each epoch")
+    test_tasks: int = Field(600, ge=1, description="fixed test tasks at the end")
+    keep_best: int = Field(5, ge=1, description="checkpoints kept by validation score, and the size of the test ensemble")
+    engine: Literal["loop", "vmap"] = "loop"
+    device: str = Field("auto", description="auto, cpu, cuda, cuda:1, ...")
+    seed: int = Field(0, ge=0)
+
+    @field_validator("optimizer")
+    @classmethod
+    def _known_optimizer(cls, name: str) -> str:
+        found = getattr(torch.optim, name, None)
+        if not (isinstance(found, type) and issubclass(found, torch.optim.Optimizer)) or found is torch.optim.Optimizer:
+            raise ValueError(f"torch.optim has no optimizer {name!r}")
+        return name
+
+    @field_validator("device")
+    @classmethod
+    def _known_device(cls, name: str) -> str:
+        if name != "auto":
+            try:
+                kind = torch.device(name).type
+            except RuntimeError:
+                raise ValueError(f"{name!r} is not a torch device") from None
+            if kind == "cuda" and not torch.cuda.is_available():
+                raise ValueError("this machine has no CUDA device")
+        return name
+
+    def torch_device(self) -> torch.device:
+        """The device that "auto" stands for here."""
+        if self.device == "auto":
+            return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return torch.device(self.device)

@@ -1,0 +1,273 @@
+"""The training loop: the outer loop over tasks."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from metahpo.errors import CheckpointError, NonFiniteError
+from metahpo.learners.base import MetaLearner
+from metahpo.learners.phase import Phase
+from metahpo.tasks.task import TaskSource
+from metahpo.training.checkpoint import CheckpointStore, State, load_learner, write_atomically
+from metahpo.training.engines import ENGINES, MetaGradient
+from metahpo.training.interrupts import Interrupted, Interrupts
+from metahpo.training.metrics import CsvLog, Row, SumOfMetrics, best_epochs, summarise
+from metahpo.training.schedules import cosine
+from metahpo.training.settings import TrainingSettings
+
+
+class Trainer:
+    """Trains any ``MetaLearner`` on numbered tasks and keeps the run in a folder.
+
+    learner: moved to the settings' device. run_dir: where checkpoints, metrics.csv and versions go; None keeps nothing. After
+    each epoch the learner is validated on the first ``val_tasks`` tasks of ``val_tasks`` and saved. Iteration i of epoch e sees the
+    tasks numbered from (e * iterations + i) * tasks on, and draws its randomness (dropout) from (seed, e, i): a run that was
+    interrupted and resumed is bit for bit the run that was not.
+
+    Raises NonFiniteError, before the update, when a loss or gradient is NaN or infinite.
+    """
+
+    def __init__(
+        self,
+        learner: MetaLearner,
+        train_tasks: TaskSource,
+        val_tasks: TaskSource,
+        settings: TrainingSettings | None = None,
+        run_dir: str | Path | None = None,
+    ):
+        self.settings = settings or TrainingSettings()
+        self.device = self.settings.torch_device()
+        self.learner = learner.to(self.device)
+        self.train_tasks, self.val_tasks = train_tasks, val_tasks
+        self.engine = ENGINES[self.settings.engine]()
+        self.optimizer = getattr(torch.optim, self.settings.optimizer)(
+            list(learner.outer_params().values()), lr=self.settings.lr, **self.settings.optimizer_args
+        )
+        self.epoch, self.iteration = 0, 0
+        self.history: list[Row] = []
+        self._partial = SumOfMetrics()
+        self._seconds: list[float] = []
+        self.run_dir = Path(run_dir) if run_dir is not None else None
+        self.store = CheckpointStore(self.run_dir / "checkpoints") if self.run_dir else None
+        if self.store and self.store.list():
+            raise CheckpointError(f"{self.run_dir} already holds a run; resume it or choose another folder")
+
+    @classmethod
+    def resume(
+        cls, run_dir: str | Path, learner: MetaLearner, train_tasks: TaskSource, val_tasks: TaskSource
+    ) -> Trainer:
+        """The trainer of the run in ``run_dir`` as its newest whole checkpoint left it; damaged ones are named and passed over."""
+        path, state, damaged = CheckpointStore(Path(run_dir) / "checkpoints").latest()
+        for line in damaged:
+            print(f"{line}; going on from {path.name}", file=sys.stderr)
+        trainer = cls(learner, train_tasks, val_tasks, TrainingSettings(**state["settings"]))
+        trainer.run_dir = Path(run_dir)
+        trainer.store = CheckpointStore(trainer.run_dir / "checkpoints")
+        trainer._load(state, path)
+        return trainer
+
+    def fit(self, until_epoch: int | None = None, on_epoch: Callable[[Row], None] | None = None) -> list[Row]:
+        """Trains up to ``until_epoch`` epochs in all (default: the settings'), and returns the history, a row an epoch.
+
+        on_epoch: called with each new row. Ctrl-C or SIGTERM ends the current step, saves, and raises ``Interrupted``.
+        """
+        until = min(until_epoch or self.settings.epochs, self.settings.epochs)
+        if self.run_dir and self.epoch < until:
+            self.run_dir.mkdir(parents=True, exist_ok=True)
+            write_atomically(self.run_dir / "versions.json", json.dumps(versions(self.device), indent=2).encode())
+        with Interrupts() as interrupts:
+            while self.epoch < until:
+                row = self._run_epoch(interrupts)
+                if on_epoch:
+                    on_epoch(row)
+        return self.history
+
+    def evaluate(self, tasks: TaskSource, count: int) -> Row:
+        """Means and 95% intervals over the first ``count`` tasks of ``tasks``, with the learner as it is."""
+        metrics, _ = evaluate(self.learner, tasks, count, self.settings)
+        return summarise(metrics)
+
+    # One epoch.
+
+    def _run_epoch(self, interrupts: Interrupts) -> Row:
+        settings, start = self.settings, time.perf_counter()
+        rate = settings.lr
+        if settings.min_lr is not None:
+            rate = cosine(self.epoch, settings.epochs, settings.lr, settings.min_lr)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        phase = self.learner.training_phase(self.epoch)
+        if phase.step_weights is not None:
+            weights = phase.step_weights.to(self.device)
+            phase = Phase(phase.training, phase.first_order, weights, phase.inductive)
+        with progress(f"epoch {self.epoch + 1}/{settings.epochs}", settings.iterations, self.iteration) as bar:
+            while self.iteration < settings.iterations:
+                loss = self._step(phase)
+                self.iteration += 1
+                bar.update()
+                bar.set_postfix_str(f"loss {loss:.3f}", refresh=False)
+                self._stop_if_asked(interrupts)
+        validation = self._validate(interrupts)
+        row = {"epoch": self.epoch + 1, "lr": rate}
+        row.update({f"train_{name}": value for name, value in self._partial.means().items()})
+        row.update({f"val_{name}": value for name, value in validation.items()})
+        self.history.append(row)
+        self._seconds.append(time.perf_counter() - start)
+        self.epoch, self.iteration, self._partial = self.epoch + 1, 0, SumOfMetrics()
+        self._save()
+        return {**row, "seconds": self._seconds[-1]}
+
+    def _step(self, phase: Phase) -> float:
+        numbers = self._numbers()
+        tasks = self.train_tasks.batch(numbers).to(self.device, non_blocking=True)
+        with seeded(self.settings.seed, self.epoch, self.iteration, device=self.device):
+            result = self.engine.meta_gradient(self.learner, tasks, phase)
+        self._refuse_non_finite(result, numbers)
+        params = self.learner.outer_params()
+        for name, param in params.items():
+            param.grad = result.grads[name]
+        if self.settings.clip_value is not None:
+            torch.nn.utils.clip_grad_value_(params.values(), self.settings.clip_value)
+        if self.settings.clip_norm is not None:
+            torch.nn.utils.clip_grad_norm_(params.values(), self.settings.clip_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        scalars = dict(result.metrics)
+        self.learner.update_buffers(scalars.pop("buffers", {}))
+        self._partial.add({"loss": result.loss, **scalars})
+        return float(result.loss)
+
+    def _numbers(self) -> range:
+        first = (self.epoch * self.settings.iterations + self.iteration) * self.settings.tasks
+        return range(first, first + self.settings.tasks)
+
+    def _refuse_non_finite(self, result: MetaGradient, numbers: range) -> None:
+        norm = torch.nn.utils.get_total_norm(list(result.grads.values()))
+        if bool(torch.isfinite(norm) & torch.isfinite(result.losses).all()):
+            return
+        bad = [number for number, loss in zip(numbers, result.losses.tolist()) if not abs(loss) < float("inf")]
+        what = f"the loss of task {bad[0]} is not finite" if bad else f"the gradient of tasks {numbers[0]} to {numbers[-1]} is not finite"
+        kept = ""
+        if self.store and self.store.list():
+            kept = f"; the last good checkpoint is {self.store.list()[-1]}"
+        raise NonFiniteError(
+            f"epoch {self.epoch + 1}, iteration {self.iteration + 1}: {what} (parameters are as before this step){kept}"
+        )
+
+    def _validate(self, interrupts: Interrupts) -> Row:
+        metrics, _ = evaluate(
+            self.learner,
+            self.val_tasks,
+            self.settings.val_tasks,
+            self.settings,
+            title="validating",
+            each=lambda: self._stop_if_asked(interrupts),
+        )
+        return summarise(metrics)
+
+    def _stop_if_asked(self, interrupts: Interrupts) -> None:
+        if interrupts.signum is not None:
+            self._save()
+            raise Interrupted(interrupts.signum)
+
+    # The state of the run.
+
+    def _save(self) -> None:
+        if self.store is None or self.run_dir is None:
+            return
+        # The log first: a crash between the two leaves a row too many, which resuming drops.
+        CsvLog(self.run_dir / "metrics.csv").write(
+            [{**row, "seconds": round(seconds, 3)} for row, seconds in zip(self.history, self._seconds)]
+        )
+        state = {
+            "epoch": self.epoch,
+            "iteration": self.iteration,
+            "learner": self.learner.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "history": self.history,
+            "partial": {"count": self._partial.count, "sums": self._partial.sums()},
+            "settings": self.settings.model_dump(),
+        }
+        self.store.save(state, self.epoch, self.iteration, best_epochs(self.history, self.settings.keep_best))
+
+    def _load(self, state: State, path: Path) -> None:
+        load_learner(self.learner, state["learner"], path)
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.epoch, self.iteration, self.history = state["epoch"], state["iteration"], state["history"]
+        self._partial = SumOfMetrics(**state["partial"])
+        assert self.run_dir is not None
+        logged = {row["epoch"]: row.get("seconds", 0.0) for row in CsvLog(self.run_dir / "metrics.csv").read()}
+        self._seconds = [logged.get(row["epoch"], 0.0) for row in self.history]
+
+
+def evaluate(
+    learner: MetaLearner,
+    tasks: TaskSource,
+    count: int,
+    settings: TrainingSettings,
+    title: str = "evaluating",
+    each: Callable[[], None] = lambda: None,
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Runs the first ``count`` tasks: metrics by name, [count], and query outputs by kind, [count, N, ...], both on the CPU.
+
+    each: called after every batch of tasks.
+    """
+    engine, device, size = ENGINES[settings.engine](), settings.torch_device(), settings.tasks
+    metrics: list[dict[str, Tensor]] = []
+    outputs: list[dict[str, Tensor]] = []
+    with progress(title, count) as bar:
+        for first in range(0, count, size):
+            numbers = range(first, min(first + size, count))
+            batch = tasks.batch(numbers).to(device, non_blocking=True)
+            found, answers = engine.evaluate(learner, batch, Phase())
+            metrics.append(found)
+            outputs.append(answers)
+            bar.update(len(numbers))
+            each()
+    return _joined(metrics), _joined(outputs)
+
+
+def _joined(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    return {name: torch.cat([part[name] for part in parts]).cpu() for name in parts[0]}
+
+
+@contextmanager
+def seeded(*numbers: int, device: torch.device | None = None) -> Iterator[None]:
+    """Inside it torch's generators are seeded from ``numbers``; outside they are as they were."""
+    digest = hashlib.sha256(",".join(map(str, numbers)).encode()).digest()
+    devices = [device] if device is not None and device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(int.from_bytes(digest[:7], "big"))
+        yield
+
+
+def progress(title: str, total: int, initial: int = 0) -> tqdm:
+    """A progress bar on a terminal, nothing elsewhere."""
+    return tqdm(desc=title, total=total, initial=initial, leave=False, disable=not sys.stderr.isatty(), dynamic_ncols=True)
+
+
+def versions(device: torch.device) -> dict[str, str]:
+    """What a run's numbers may depend on beside its config."""
+    from metahpo import __version__
+
+    accelerator = torch.cuda.get_device_name(device) if device.type == "cuda" else "none"
+    return {
+        "metahpo": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "platform": platform.platform(),
+        "device": str(device),
+        "accelerator": accelerator,
+        "threads": str(torch.get_num_threads()),
+    }
