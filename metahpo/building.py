@@ -96,7 +96,9 @@ def build_learner(config: RunConfig, example: Task) -> MetaLearner:
         if isinstance(settings, CustomLearner):
             learner = _call(settings.name, "learner.name", net, optional={"loss": loss}, **settings.args)
             if not isinstance(learner, MetaLearner):
-                raise ConfigError(f"learner.name: {settings.name} gave {type(learner).__name__}, expected a MetaLearner")
+                raise ConfigError(
+                    f"learner.name: {settings.name} gave {type(learner).__name__}, expected a MetaLearner"
+                )
             return learner
         kind = MAML if isinstance(settings, MAMLSettings) else MAMLPlusPlus
         return kind(net, loss=loss, **settings.model_dump(exclude={"name"}))
@@ -135,7 +137,9 @@ def check_net(net: nn.Module, example: Task, name: str) -> None:
     found = list(output.shape) if isinstance(output, torch.Tensor) else type(output).__name__
     if found != expected:
         what = "values" if y.is_floating_point() else "ways"
-        raise NetError(f"net {name} gives {found} for inputs {list(x.shape)}; expected {expected} ({expected[1]} {what})")
+        raise NetError(
+            f"net {name} gives {found} for inputs {list(x.shape)}; expected {expected} ({expected[1]} {what})"
+        )
 
 
 def build_trainer(config: RunConfig, run_dir: str | Path, *, resume: bool = False) -> Trainer:
@@ -154,7 +158,9 @@ def _outputs(example: Task) -> int:
 
 def _check_source(source: Any, name: str, split: str) -> None:
     if not isinstance(source, TaskSource):
-        raise ConfigError(f"data.source: {name} gave {type(source).__name__} for split {split!r}, expected a TaskSource")
+        raise ConfigError(
+            f"data.source: {name} gave {type(source).__name__} for split {split!r}, expected a TaskSource"
+        )
     try:
         task = source.task(0)
     except MetaHPOError:

@@ -16,10 +16,10 @@ from metahpo.errors import CheckpointError, ConfigError, MetaHPOError, NonFinite
 
 TRAIN = """Meta-trains the learner that CONFIG describes, tests it, and writes a report.
 
-Overrides change any key of the config: metahpo train configs/glyphs_5way_1shot/maml_pp.yaml training.epochs=20 net.filters=64
-The run directory (default: runs/CONFIG/DATE-TIME) holds config.yaml, versions.json, metrics.csv, checkpoints/, test.json
-and report/report.md. Ctrl-C or SIGTERM ends the current step, saves, and exits with 130 or 143; --resume goes on from
-there, or after a crash, to the same result bit for bit."""
+Overrides change any key of the config: metahpo train configs/glyphs_5way_1shot/maml_pp.yaml training.epochs=20
+net.filters=64 The run directory (default: runs/CONFIG/DATE-TIME) holds config.yaml, versions.json, metrics.csv,
+checkpoints/, test.json and report/report.md. Ctrl-C or SIGTERM ends the current step, saves, and exits with 130 or 143;
+--resume goes on from there, or after a crash, to the same result bit for bit."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -54,7 +54,10 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("overrides", nargs="*", metavar="KEY.SUB=VALUE", help="settings that replace the config's")
     train.add_argument("--resume", metavar="RUN_DIR", help="go on with a run that was stopped")
     train.add_argument(
-        "--until-epoch", type=_positive, metavar="N", help="stop after N epochs in all, test and report; --resume goes on"
+        "--until-epoch",
+        type=_positive,
+        metavar="N",
+        help="stop after N epochs in all, test and report; --resume goes on",
     )
     train.set_defaults(run=_train)
 
@@ -182,10 +185,9 @@ def _new_run_dir(config: Path) -> Path:
 def _epoch_line(row: dict[str, float], epochs: int) -> str:
     if "val_accuracy" in row:
         train = f"{row['train_accuracy']:.1%}" if "train_accuracy" in row else "-"
-        result = (
-            f"accuracy: train {train}, val {row['val_accuracy']:.1%} ± {100 * row['val_accuracy_ci']:.1f}, "
-            f"inductive {row['val_accuracy_inductive']:.1%}"
-        )
+        result = f"accuracy: train {train}, val {row['val_accuracy']:.1%} ± {100 * row['val_accuracy_ci']:.1f}"
+        if "val_accuracy_inductive" in row:
+            result += f", inductive {row['val_accuracy_inductive']:.1%}"
     else:
         before = f", before adapting {row['val_loss_before']:.4f}" if "val_loss_before" in row else ""
         result = f"val loss {row['val_loss']:.4f} ± {row['val_loss_ci']:.4f}{before}"
@@ -194,11 +196,10 @@ def _epoch_line(row: dict[str, float], epochs: int) -> str:
 
 def _result(row: dict[str, float]) -> str:
     if "accuracy" in row:
-        before = f", before adapting {row['accuracy_before']:.1%}" if "accuracy_before" in row else ""
-        return (
-            f"accuracy {row['accuracy']:.1%} ± {100 * row['accuracy_ci']:.1f} transductive, "
-            f"{row['accuracy_inductive']:.1%} ± {100 * row['accuracy_inductive_ci']:.1f} inductive{before}"
-        )
+        result = f"accuracy {row['accuracy']:.1%} ± {100 * row['accuracy_ci']:.1f} transductive"
+        if "accuracy_inductive" in row:
+            result += f", {row['accuracy_inductive']:.1%} ± {100 * row['accuracy_inductive_ci']:.1f} inductive"
+        return result + (f", before adapting {row['accuracy_before']:.1%}" if "accuracy_before" in row else "")
     before = f", before adapting {row['loss_before']:.4f}" if "loss_before" in row else ""
     return f"loss {row['loss']:.4f} ± {row['loss_ci']:.4f}{before}"
 

@@ -155,7 +155,7 @@ Learner = Annotated[
 
 
 class RunConfig(Settings):
-    """One run. ``data``, ``net`` and ``learner`` are chosen by their ``source`` or ``name``; a bare name stands for its defaults."""
+    """One run; ``data``, ``net`` and ``learner`` are chosen by ``source`` or ``name``, and a bare name means its defaults."""
 
     data: Data
     net: Net
@@ -172,11 +172,12 @@ class RunConfig(Settings):
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """Reads a YAML config and applies ``key.sub=value`` overrides (values in YAML too).
 
-    Raises ConfigError with every error at once, a line each, naming the dotted key, what was found and what was expected.
+    Raises ConfigError with every error at once, a line each, naming the dotted key, what was found and what was
+    expected.
     """
     path = Path(path)
     try:
-        tree = yaml.load(path.read_text(), _Loader)  # noqa: S506 (a SafeLoader)
+        tree = yaml.load(path.read_text(), _Loader)
     except OSError as error:
         raise ConfigError(f"cannot read config {path}: {error.strerror}") from None
     except UnicodeDecodeError:
@@ -184,7 +185,9 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     except yaml.YAMLError as error:
         raise ConfigError(f"config {path} is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(tree, dict):
-        raise ConfigError(f"config {path} holds {type(tree).__name__}; expected keys {', '.join(RunConfig.model_fields)}")
+        raise ConfigError(
+            f"config {path} holds {type(tree).__name__}; expected keys {', '.join(RunConfig.model_fields)}"
+        )
     for key in UNIONS:
         if isinstance(tree.get(key), str):
             tree[key] = {_NAME_KEY[key]: tree[key]}
@@ -212,7 +215,7 @@ def _override(tree: dict[str, Any], override: str) -> None:
     if not equals or not key:
         raise ConfigError(f"{override!r} is not an override; expected KEY.SUB=VALUE")
     try:
-        value = yaml.load(text, _Loader)  # noqa: S506
+        value = yaml.load(text, _Loader)
     except yaml.YAMLError:
         raise ConfigError(f"the value in {override!r} is not YAML") from None
     *parents, last = key.split(".")
@@ -262,9 +265,8 @@ def _tag_line(key: str, section: Any) -> str:
         return f"key '{key}.{name_key}' is missing; one of {', '.join(names)}, or MODULE:NAME of your own"
     near = difflib.get_close_matches(str(section[name_key]), names, 1)
     hint = f"did you mean {near[0]!r}? " if near else ""
-    return (
-        f"{key}.{name_key}: {hint}should be one of {', '.join(names)}, or MODULE:NAME of your own, found {section[name_key]!r}"
-    )
+    expected = f"should be one of {', '.join(names)}, or MODULE:NAME of your own"
+    return f"{key}.{name_key}: {hint}{expected}, found {section[name_key]!r}"
 
 
 class _Loader(yaml.SafeLoader):

@@ -1,4 +1,4 @@
-"""The errors that metahpo raises on purpose: each message is one line that names what was found and what was expected."""
+"""The errors that metahpo raises on purpose: a message is one line that names what was found and what was expected."""
 
 
 class MetaHPOError(Exception):
@@ -14,7 +14,7 @@ class DataError(MetaHPOError):
 
 
 class NetError(MetaHPOError):
-    """A net that cannot be used as asked: wrong output shape, lazy modules, checkpointed blocks, an unsupported engine."""
+    """A net that cannot be used as asked: wrong output shape, lazy modules, checkpointed blocks, unfit for an engine."""
 
 
 class CheckpointError(MetaHPOError):

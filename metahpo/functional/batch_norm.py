@@ -1,7 +1,7 @@
 """Per-step batch normalisation: statistics, scales and shifts that differ from inner step to inner step.
 
-Antoniou et al. 2019, "How to train your MAML", section 4: per-step batch-norm running statistics (BNRS) and per-step batch-norm
-weights and biases (BNWB).
+Antoniou et al. 2019, "How to train your MAML", section 4: per-step batch-norm running statistics (BNRS) and per-step
+batch-norm weights and biases (BNWB).
 """
 
 from __future__ import annotations
@@ -17,13 +17,14 @@ _CONVERTED = {nn.BatchNorm1d: (2, 3), nn.BatchNorm2d: (4,), nn.BatchNorm3d: (5,)
 class PerStepBatchNorm(nn.Module):
     """Batch normalisation over dimension 1 with one row of state an inner step; drop-in for ``BatchNorm1d/2d/3d``.
 
-    ``weight`` and ``bias`` are [affine_rows, C], ``running_mean`` and ``running_var`` [statistics_rows, C]; step k uses row
-    min(k, rows - 1), so one row is ordinary batch normalisation. Which step is running, and whether to normalise with the
-    statistics of the batch or with the running ones, is set by ``FunctionalModule`` before a call (``step``, ``inductive``).
+    ``weight`` and ``bias`` are [affine_rows, C], ``running_mean`` and ``running_var`` [statistics_rows, C]; step k uses
+    row min(k, rows - 1), so one row is ordinary batch normalisation. Which step is running, and whether to normalise
+    with the statistics of the batch or with the running ones, is set by ``FunctionalModule`` before a call (``step``,
+    ``inductive``).
 
     As in the authors' program the batch's own statistics normalise in training and in evaluation alike (transductive);
-    ``inductive`` uses the running ones, which training mode updates. Buffers are replaced, never written in place, so the
-    module runs under ``vmap`` and the new ones can be handed out.
+    ``inductive`` uses the running ones, which training mode updates. Buffers are replaced, never written in place, so
+    the module runs under ``vmap`` and the new ones can be handed out.
     """
 
     def __init__(

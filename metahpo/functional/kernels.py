@@ -19,9 +19,9 @@ _exits: dict[str, contextlib.ExitStack] = {}
 def twice_differentiable(net: nn.Module) -> Iterator[None]:
     """Inside it ``net`` runs on kernels that have a double backward.
 
-    The fused attention kernels have none, so attention runs on the plain (MATH) one; cuDNN's recurrent nets have none either,
-    so cuDNN is off while a net that holds one runs. The switches are the process's: threads that overlap share them, and
-    the last to leave restores what was there.
+    The fused attention kernels have none, so attention runs on the plain (MATH) one; cuDNN's recurrent nets have none
+    either, so cuDNN is off while a net that holds one runs. The switches are the process's: threads that overlap share
+    them, and the last to leave restores what was there.
     """
     with _shared("attention"):
         if any(isinstance(module, nn.RNNBase) for module in net.modules()):

@@ -21,11 +21,11 @@ from metahpo.functional.trees import Params
 class FunctionalModule(nn.Module):
     """Any ``nn.Module`` as a pure function: ``module(params, x, step=k)``.
 
-    net: the net; it is copied, and its batch-norm layers become ``PerStepBatchNorm`` with ``statistics_rows`` and ``affine_rows`` rows
-    (1: ordinary batch norm). ``self.net`` is the copy, whose parameters are the initial ones.
+    net: the net; it is copied, and its batch-norm layers become ``PerStepBatchNorm`` with ``statistics_rows`` and
+    ``affine_rows`` rows (1: ordinary batch norm). ``self.net`` is the copy, whose parameters are the initial ones.
 
-    Parameters that do not require grad are frozen: part of the net, absent from ``params()``. A tensor shared by several
-    layers (tied weights) appears once, under its first name, and stays tied in every call.
+    Parameters that do not require grad are frozen: part of the net, absent from ``params()``. A tensor shared by
+    several layers (tied weights) appears once, under its first name, and stays tied in every call.
 
     Raises NetError for lazy modules that have not run yet, and at the first call for a net that checkpoints activations
     inside: the recomputation would read the net's own weights instead of the ones given, which is silently wrong.
@@ -35,7 +35,7 @@ class FunctionalModule(nn.Module):
         super().__init__()
         for name, tensor in [*net.named_parameters(), *net.named_buffers()]:
             if isinstance(tensor, (UninitializedParameter, UninitializedBuffer)):
-                raise NetError(f"{type(net).__name__}.{name} is lazy and not initialised; run the net once on an example batch first")
+                raise NetError(f"{type(net).__name__}.{name} is lazy; run the net once on an example batch first")
         self.net = convert_batch_norm(net, statistics_rows=statistics_rows, affine_rows=affine_rows)
         self._norms = [m for m in self.net.modules() if isinstance(m, PerStepBatchNorm)]
         self._probed: set[bool] = set()
@@ -63,8 +63,8 @@ class FunctionalModule(nn.Module):
         return dict(self.net.named_buffers())
 
     def forward(self, params: Params, *inputs: Tensor, step: int = 0) -> Tensor:
-        """The net's output for ``inputs`` with ``params``, on batch statistics; see ``apply_with`` for all the choices."""
-        return self.apply_with(params, self.buffers_by_name(), *inputs, step=step)[0]
+        """The net's output for ``inputs`` with ``params``, on batch statistics; ``apply_with`` has all the choices."""
+        return self.apply_with(params, self.buffers_by_name(), *inputs, step=step, training=self.training)[0]
 
     def apply_with(
         self,
@@ -78,9 +78,9 @@ class FunctionalModule(nn.Module):
         """Runs the net purely: ``(params, buffers, inputs) -> (output, new buffers)``.
 
         params: any subset of ``params()`` by name, the rest being the net's own; step: the row of per-step batch norm;
-        training: dropout and the update of running statistics; inductive: batch norm uses running statistics, so that each
-        input's output is independent of the others. Raises NetError for names that the net does not have and for tied
-        parameters given different tensors.
+        training: dropout and the update of running statistics; inductive: batch norm uses running statistics, so that
+        each input's output is independent of the others. Raises NetError for names that the net does not have and for
+        tied parameters given different tensors.
         """
         state = {**self._resolve(params), **buffers}
         if self.net.training != training:
@@ -99,11 +99,15 @@ class FunctionalModule(nn.Module):
     def _resolve(self, params: Params) -> Params:
         unknown = sorted(set(params) - set(self._alias))
         if unknown:
-            raise NetError(f"{type(self.net).__name__} has no parameter {unknown[0]!r}; it has {', '.join(self.params())}")
+            raise NetError(
+                f"{type(self.net).__name__} has no parameter {unknown[0]!r}; it has {', '.join(self.params())}"
+            )
         resolved: Params = {}
         for name, tensor in params.items():
             if resolved.setdefault(self._alias[name], tensor) is not tensor:
-                raise NetError(f"{name!r} and {self._alias[name]!r} are one tied parameter and were given different tensors")
+                raise NetError(
+                    f"{name!r} and {self._alias[name]!r} are one tied parameter and were given different tensors"
+                )
         return resolved
 
 
@@ -111,12 +115,13 @@ class FunctionalModule(nn.Module):
 def refuse_checkpointing(net: nn.Module) -> Iterator[None]:
     """Raises NetError when the code inside calls ``torch.utils.checkpoint``.
 
-    The call is seen by a profile hook rather than by patching torch, so that every way of importing the function is caught.
+    The call is seen by a profile hook rather than by patching torch, so that every way of importing the function is
+    caught.
     """
     checkpoint_file = torch.utils.checkpoint.__file__
     message = (
-        f"{type(net).__name__} checkpoints activations inside (torch.utils.checkpoint), which is silently wrong when its "
-        f"parameters are passed from outside; switch that off in the net"
+        f"{type(net).__name__} checkpoints activations inside (torch.utils.checkpoint), which is silently wrong "
+        f"when its parameters are passed from outside; switch that off in the net"
     )
     seen = False
 
@@ -125,7 +130,10 @@ def refuse_checkpointing(net: nn.Module) -> Iterator[None]:
         if event == "call" and frame.f_code.co_filename == checkpoint_file and frame.f_code.co_name == "checkpoint":
             seen = True
 
-    previous = sys.getprofile()
+    if sys.getprofile() is not None:
+        # A profiler is at work, and there is one hook: leave it to the profiler.
+        yield
+        return
     sys.setprofile(watch)
     try:
         yield
@@ -134,6 +142,6 @@ def refuse_checkpointing(net: nn.Module) -> Iterator[None]:
             raise NetError(message) from error
         raise
     finally:
-        sys.setprofile(previous)
+        sys.setprofile(None)
     if seen:
         raise NetError(message)

@@ -15,8 +15,8 @@ from metahpo.inner.rules.base import RuleState, UpdateRule
 class Trajectory(NamedTuple):
     """What an inner loop of K steps went through.
 
-    params: the final ones; steps: the K parameter dicts after each update (the last is ``params``); losses: the K scalar
-    losses before each update; carry, state: the loss's and the rule's after the last step.
+    params: the final ones; steps: the K parameter dicts after each update (the last is ``params``); losses: the K
+    scalar losses before each update; carry, state: the loss's and the rule's after the last step.
     """
 
     params: Params
@@ -35,10 +35,11 @@ def unroll(
     carry: Any = None,
     gradient: InnerGradient = Reverse(),
 ) -> Trajectory:
-    """Fits ``params`` by ``rule``, one update a batch; differentiable in all that it is given, as far as ``gradient`` lets it.
+    """Fits ``params`` by ``rule``, one update a batch; differentiable in all that it is given, as far as ``gradient``
+    lets it.
 
-    loss: pure, ``(params, carry, batch, step) -> (scalar, carry)``; batches: what each step sees (for MAML the same support set
-    K times); carry: whatever one call of the loss leaves to the next, such as running statistics.
+    loss: pure, ``(params, carry, batch, step) -> (scalar, carry)``; batches: what each step sees (for MAML the same
+    support set K times); carry: whatever one call of the loss leaves to the next, such as running statistics.
     """
     state, steps, losses = rule.init(params), [], []
     for step, batch in enumerate(batches):

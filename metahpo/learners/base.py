@@ -22,8 +22,8 @@ Metrics = dict[str, Any]
 class Adapted:
     """What a learner made of one support set.
 
-    params: the fitted tensors by name (weights, prototypes, ...); phase: how it was fitted; buffers: running statistics and
-    other buffers after fitting; steps: the parameters after each inner step, where there are steps.
+    params: the fitted tensors by name (weights, prototypes, ...); phase: how it was fitted; buffers: running statistics
+    and other buffers after fitting; steps: the parameters after each inner step, where there are steps.
     """
 
     params: Params
@@ -35,11 +35,12 @@ class Adapted:
 class MetaLearner(nn.Module):
     """A learner of learners: ``parameters()`` are what the outer loop learns.
 
-    A subclass writes ``adapt`` and ``predict``, as pure functions of the learner's parameters and their arguments: nothing is
-    kept on ``self`` and nothing is written in place, so that the same code runs in a loop and under ``torch.func.vmap``.
+    A subclass writes ``adapt`` and ``predict``, as pure functions of the learner's parameters and their arguments:
+    nothing is kept on ``self`` and nothing is written in place, so that the same code runs in a loop and under
+    ``torch.func.vmap``.
 
-    loss: (outputs [N, ...], targets [N, ...]) -> scalar. Cross entropy is right for class labels, mean squared error for
-    regression.
+    loss: (outputs [N, ...], targets [N, ...]) -> scalar. Cross entropy is right for class labels, mean squared error
+    for regression.
     """
 
     def __init__(self, loss: Loss = F.cross_entropy):
@@ -63,7 +64,7 @@ class MetaLearner(nn.Module):
         return Phase(training=True)
 
     def meta_loss(self, task: Task, phase: Phase) -> tuple[Tensor, Metrics]:
-        """The outer loss of one task, and metrics: scalars by name, and under "buffers" new values of the learner's buffers."""
+        """The outer loss of one task, and metrics: scalars by name, and under "buffers" new values of buffers by name."""
         outputs = self.predict(self.adapt(task.support_x, task.support_y, phase), task.query_x)
         loss = self.loss(outputs, task.query_y)
         return loss, self.measure(outputs, task.query_y)
@@ -81,7 +82,7 @@ class MetaLearner(nn.Module):
         return {"after": after, "inductive": alone}
 
     def judge(self, outputs: dict[str, Tensor], targets: Tensor) -> Metrics:
-        """Scalar metrics of one task from its ``outputs``: ``loss`` and ``accuracy``, then ``loss_inductive`` and so on."""
+        """Scalar metrics of one task from its ``outputs``: ``loss``, ``accuracy``, ``loss_inductive`` and so on."""
         metrics = {}
         for kind, values in outputs.items():
             suffix = "" if kind == "after" else f"_{kind}"

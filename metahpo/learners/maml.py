@@ -19,10 +19,11 @@ from metahpo.tasks.task import Task
 class MAML(MetaLearner):
     """Learns initial weights from which a few gradient steps fit a new task (Finn et al. 2017, algorithm 2).
 
-    net: any module, [N, ...] in, [N, outputs] out; it is copied. steps: inner updates, in training and evaluation. inner_lr:
-    their (initial) rate. loss: inner and outer loss. first_order: FOMAML, inner gradients are constants. improvements: those of
-    MAML++, all off by default. adapt_norms: whether batch-norm scales and shifts are adapted with the rest; by default the
-    outer loop alone learns them, as in MAML++. rule: an update rule of your own in place of gradient descent at inner_lr.
+    net: any module, [N, ...] in, [N, outputs] out; it is copied. steps: inner updates, in training and evaluation.
+    inner_lr: their (initial) rate. loss: inner and outer loss. first_order: FOMAML, inner gradients are constants.
+    improvements: those of MAML++, all off by default. adapt_norms: whether batch-norm scales and shifts are adapted
+    with the rest; by default the outer loop alone learns them, as in MAML++. rule: an update rule of your own in place
+    of gradient descent at inner_lr.
 
     A subclass that adapts other parameters (ANIL, BOIL) overrides ``adapted_names``; every improvement still applies.
     """
@@ -42,7 +43,8 @@ class MAML(MetaLearner):
         super().__init__(loss)
         if steps < 1:
             raise NetError(f"steps must be at least 1, found {steps}")
-        self.steps, self.first_order, self.improvements, self.adapt_norms = steps, first_order, improvements, adapt_norms
+        self.steps, self.first_order = steps, first_order
+        self.improvements, self.adapt_norms = improvements, adapt_norms
         self.module = FunctionalModule(
             net,
             statistics_rows=steps if improvements.per_step_statistics else 1,
@@ -50,7 +52,9 @@ class MAML(MetaLearner):
         )
         names = self.adapted_names()
         if not names:
-            raise NetError(f"{type(net).__name__} has no parameter to adapt: all are frozen or batch-norm scales and shifts")
+            raise NetError(
+                f"{type(net).__name__} has no parameter to adapt: all are frozen or batch-norm scales and shifts"
+            )
         if rule is not None and improvements.layer_step_rates:
             raise NetError("layer_step_rates is itself an update rule; give either it or rule")
         if rule is None:
@@ -114,9 +118,7 @@ class MAML(MetaLearner):
         self, adapted: Adapted, params: Params, buffers: Params, x: Tensor, step: int
     ) -> tuple[Tensor, Params]:
         phase = adapted.phase
-        return self.module.apply_with(
-            params, buffers, x, step=step, training=phase.training, inductive=phase.inductive
-        )
+        return self.module.apply_with(params, buffers, x, step=step, training=phase.training, inductive=phase.inductive)
 
     def _changed(self, buffers: Params) -> Params:
         own = self.module.buffers_by_name()

@@ -13,9 +13,9 @@ from metahpo.learners.phase import Improvements
 class MAMLPlusPlus(MAML):
     """MAML with the improvements of "How to Train Your MAML" (Antoniou et al. 2019), each a switch of its own.
 
-    net, steps, inner_lr, loss: as in ``MAML``; the switches: see ``Improvements``. Derivative-order annealing is off by default,
-    as in the authors' configurations; the paper's setting is ``first_order_epochs=50``. With every switch off this is ``MAML``.
-    The outer rate's cosine annealing is set where the training is (``TrainingSettings.min_lr``).
+    net, steps, inner_lr, loss: as in ``MAML``; the switches: see ``Improvements``. Derivative-order annealing is off by
+    default, as in the authors' configurations; the paper's setting is ``first_order_epochs=50``. With every switch off
+    this is ``MAML``. The outer rate's cosine annealing is set where the training is (``TrainingSettings.min_lr``).
     """
 
     def __init__(

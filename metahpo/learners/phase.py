@@ -13,8 +13,8 @@ class Phase:
     """How a learner is to run now.
 
     training: dropout on, running statistics updated; first_order: inner gradients are constants to the outer one;
-    step_weights: [steps], the weight of the query loss after each inner step, or None for the last step alone; inductive:
-    batch norm predicts from running statistics, one query independent of the others.
+    step_weights: [steps], the weight of the query loss after each inner step, or None for the last step alone;
+    inductive: batch norm predicts from running statistics, one query independent of the others.
     """
 
     training: bool = False
@@ -25,15 +25,15 @@ class Phase:
 
 @dataclass(frozen=True)
 class Improvements:
-    """The switches of "How to Train Your MAML" (Antoniou et al. 2019) that a gradient-based learner takes; all off is MAML.
+    """The switches of "How to Train Your MAML" (Antoniou et al. 2019) that a gradient-based learner takes; all off is
+    MAML.
 
     The sixth, cosine annealing of the outer rate, is the trainer's.
 
     multi_step_epochs: epochs over which the multi-step loss (MSL) anneals to the last step alone; 0 is off.
-    first_order_epochs: epochs of first-order gradients before second-order ones (DA); 0 is off. The authors' program runs one
-    epoch more than the number it is given.
-    per_step_statistics, per_step_affine: batch-norm running statistics (BNRS) and scales and shifts (BNWB) by inner step.
-    layer_step_rates: a learnt rate for every tensor and step (LSLR).
+    first_order_epochs: epochs of first-order gradients before second-order ones (DA); 0 is off. The authors' program
+    runs one epoch more than the number it is given. per_step_statistics, per_step_affine: batch-norm running statistics
+    (BNRS) and scales and shifts (BNWB) by inner step. layer_step_rates: a learnt rate for every tensor and step (LSLR).
     """
 
     multi_step_epochs: int = 0
@@ -49,10 +49,11 @@ class Improvements:
 
 
 def multi_step_weights(epoch: int, steps: int, annealing_epochs: int) -> Tensor:
-    """The weights [steps] of the query losses in the multi-step loss at ``epoch``, float64 (Antoniou et al. 2019, equation 2).
+    """The weights [steps] of the query losses in the multi-step loss at ``epoch``, float64 (Antoniou et al. 2019,
+    equation 2).
 
-    All start at 1/steps; over ``annealing_epochs`` those before the last decay linearly, to no less than 0.03/steps, and the
-    last takes what they lose. (The paper gives no rates; these are of the authors' program.)
+    All start at 1/steps; over ``annealing_epochs`` those before the last decay linearly, to no less than 0.03/steps,
+    and the last takes what they lose. (The paper gives no rates; these are of the authors' program.)
     """
     decay = epoch / (steps * annealing_epochs)
     others = max(1 / steps - decay, 0.03 / steps)

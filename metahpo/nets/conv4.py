@@ -23,9 +23,9 @@ class ConvBlock(nn.Module):
 class Conv4(nn.Module):
     """Four ``ConvBlock``s and a linear layer, as in MAML++ (Antoniou et al. 2019): Xavier-uniform weights, zero biases.
 
-    in_shape: (C, H, W) of the images; out_features: outputs (the ways); filters: channels of every block (64 on Omniglot, 48
-    on Mini-ImageNet); slope: of the leaky ReLU, 0 for ReLU. Images [N, C, H, W] in, logits [N, out_features] out. Blocks
-    stop pooling where the image has shrunk to one pixel a side.
+    in_shape: (C, H, W) of the images; out_features: outputs (the ways); filters: channels of every block (64 on
+    Omniglot, 48 on Mini-ImageNet); slope: of the leaky ReLU, 0 for ReLU. Images [N, C, H, W] in, logits [N,
+    out_features] out. Blocks stop pooling where the image has shrunk to one pixel a side.
     """
 
     def __init__(self, in_shape: tuple[int, int, int], out_features: int, filters: int = 64, slope: float = 0.01):

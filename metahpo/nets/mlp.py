@@ -10,8 +10,8 @@ from torch import Tensor, nn
 class MLP(nn.Module):
     """Fully connected layers with ReLU between them; two hidden layers of 40 are the sinusoid net of Finn et al. 2017.
 
-    in_shape: shape of one input, flattened; out_features: outputs; hidden: width of each hidden layer. [N, *in_shape] in,
-    [N, out_features] out.
+    in_shape: shape of one input, flattened; out_features: outputs; hidden: width of each hidden layer. [N, *in_shape]
+    in, [N, out_features] out.
     """
 
     def __init__(self, in_shape: Sequence[int], out_features: int, hidden: Sequence[int] = (40, 40)):

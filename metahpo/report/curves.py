@@ -107,7 +107,7 @@ def _panel(name: str, lines: Sequence[Line | None], may_be_log: bool = False) ->
 def _spans_a_decade(lines: Sequence[Line]) -> bool:
     values = np.concatenate([line.values for line in lines])
     values = values[np.isfinite(values)]
-    return bool(len(values)) and values.min() > 0 and values.max() > 10 * values.min()
+    return len(values) > 0 and bool(values.min() > 0) and bool(values.max() > 10 * values.min())
 
 
 def _draw_panel(axis: Axes, panel: Panel, curves: Curves) -> None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 from torch import Tensor
 
 from metahpo.learners.base import MetaLearner
@@ -166,22 +167,23 @@ def _draw_curves(data: CurveExample) -> Figure:
 class _Grid:
     """Places pictures in rows from the top, in inches, so that captions never meet whatever the number of rows."""
 
-    width = 11.0
-    head, gap, line = 0.45, 0.12, 0.2
+    width, head, gap, line = 11.0, 0.45, 0.12, 0.2
 
     def __init__(self, data: ImageExample):
-        self.columns = data.columns
+        self.columns, self.top = data.columns, 0.0
         self.cell = self.width / data.columns
         self.side = min(1.35, self.cell - 0.2)
-        below = len(data.predictions)
         rows = [-(-len(labels) // data.columns) for labels in (data.support_labels, data.query_labels)]
-        self.steps = [self.side + self.line + self.gap, self.side + (1 + below) * self.line + self.gap]
-        self.height = 2 * self.head + rows[0] * self.steps[0] + rows[1] * self.steps[1]
-        self.figure = Figure(figsize=(self.width, self.height), dpi=100)
-        self.top = 0.0
+        self.support_step = self.side + self.line + self.gap
+        self.query_step = self.support_step + len(data.predictions) * self.line
+        height = 2 * self.head + rows[0] * self.support_step + rows[1] * self.query_step
+        self.figure = Figure(figsize=(self.width, height), dpi=100)
+        # One axis for all, in inches from the upper left: an axis for each picture takes ten times as long to draw.
+        self.axis = self.figure.add_axes((0, 0, 1, 1), xlim=(0, self.width), ylim=(height, 0), autoscale_on=False)
+        self.axis.axis("off")
 
     def title(self, text: str) -> None:
-        self.figure.text(0.012, 1 - (self.top + 0.3) / self.height, text, fontsize=11, weight="bold")
+        self.axis.text(0.1, self.top + 0.3, text, fontsize=11, weight="bold")
         self.top += self.head
 
     def places(self, count: int, step: float) -> Iterator[tuple[float, float]]:
@@ -192,17 +194,14 @@ class _Grid:
         self.top += -(-count // self.columns) * step
 
     def picture(self, left: float, top: float, image: np.ndarray, title: str, colour: str) -> None:
-        width, height = self.side / self.width, self.side / self.height
-        axis = self.figure.add_axes((left / self.width, 1 - top / self.height - height, width, height))
-        axis.imshow(image, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
-        axis.set(xticks=[], yticks=[])
-        for spine in axis.spines.values():
-            spine.set(color=colour, linewidth=2)
-        self.text(left, top - 0.05, title, "black")
+        extent = (left, left + self.side, top + self.side, top)
+        self.axis.imshow(image, cmap="gray", vmin=0, vmax=1, interpolation="nearest", aspect="auto", extent=extent)
+        frame = Rectangle((left, top), self.side, self.side, fill=False, edgecolor=colour, linewidth=2.5)
+        self.axis.add_patch(frame)
+        self.caption(left, top - 0.05, title, "black")
 
-    def text(self, left: float, bottom: float, text: str, colour: str, size: float = 9) -> None:
-        centre = (left + self.side / 2) / self.width
-        self.figure.text(centre, 1 - bottom / self.height, text, ha="center", color=colour, fontsize=size)
+    def caption(self, left: float, bottom: float, text: str, colour: str) -> None:
+        self.axis.text(left + self.side / 2, bottom, text, ha="center", color=colour, fontsize=9)
 
 
 def _draw_images(data: ImageExample) -> Figure:
@@ -210,21 +209,19 @@ def _draw_images(data: ImageExample) -> Figure:
     shown = len(data.support_labels)
     some = "" if shown == data.support_size else f" ({shown} of {data.support_size} shown)"
     grid.title(f"Support set{some}")
-    for (left, top), image, label in zip(grid.places(shown, grid.steps[0]), data.support, data.support_labels):
+    for (left, top), image, label in zip(grid.places(shown, grid.support_step), data.support, data.support_labels):
         grid.picture(left, top, image, f"class {label}", "0.7")
     accuracies = ", ".join(f"{p.accuracy:.0%} {kind} adapting" for kind, p in data.predictions.items())
     grid.title(f"Queries (accuracy over the whole query set: {accuracies})")
-    for index, (left, top) in enumerate(grid.places(len(data.query_labels), grid.steps[1])):
+    for index, (left, top) in enumerate(grid.places(len(data.query_labels), grid.query_step)):
         label = data.query_labels[index]
         right = data.predictions["after"].labels[index] == label
         grid.picture(left, top, data.query[index], f"class {label}", _colour(right))
-        bottom = top + grid.side + 0.02
-        for kind, prediction in data.predictions.items():
-            bottom += grid.line
+        for line, (kind, prediction) in enumerate(data.predictions.items(), start=1):
             right = prediction.labels[index] == label
             # A mark besides the colour, for those who do not tell green from red.
             text = f"{'✓' if right else '✗'} {kind}: {prediction.labels[index]} ({prediction.confidences[index]:.0%})"
-            grid.text(left, bottom - 0.03, text, _colour(right))
+            grid.caption(left, top + grid.side + line * grid.line, text, _colour(right))
     return grid.figure
 
 

@@ -18,9 +18,10 @@ from metahpo.tasks.task import Task
 class Episodes:
     """Numbered few-shot tasks (Vinyals et al. 2016, section 4): task i is a pure function of (seed, split, i).
 
-    Each task draws ``ways`` classes of the split and, of each, ``shots`` support and ``queries`` query images, all different. Images
-    come as float32 [N, C, H, W] in 0..1, labels as int64 0..ways-1; sets are ordered by class. rotate: each class of a task is
-    turned by a random multiple of 90 degrees (the augmentation of Santoro et al. 2016; square images).
+    Each task draws ``ways`` classes of the split and, of each, ``shots`` support and ``queries`` query images, all
+    different. Images come as float32 [N, C, H, W] in 0..1, labels as int64 0..ways-1; sets are ordered by class.
+    rotate: each class of a task is turned by a random multiple of 90 degrees (the augmentation of Santoro et al. 2016;
+    square images).
 
     Images stay uint8 on ``device`` until a batch is drawn; a batch is assembled without a loop over images.
     """
@@ -50,11 +51,19 @@ class Episodes:
             name, count = data.class_names[short[0]], counts[short[0]]
             more = f" (and {len(short) - 1} more such classes)" if len(short) > 1 else ""
             raise DataError(
-                f"class {name!r} of split {split!r} has {count} images; a task needs {need} ({shots} shots + {queries} queries){more}"
+                f"class {name!r} of split {split!r} has {count} images; "
+                f"a task needs {need} ({shots} shots + {queries} queries){more}"
             )
         if rotate and data.images.shape[-1] != data.images.shape[-2]:
             raise DataError(f"rotate needs square images, found {tuple(data.images.shape[-2:])}")
-        self.ways, self.shots, self.queries, self.seed, self.split, self.rotate = ways, shots, queries, seed, split, rotate
+        self.ways, self.shots, self.queries, self.seed, self.split, self.rotate = (
+            ways,
+            shots,
+            queries,
+            seed,
+            split,
+            rotate,
+        )
         self.class_names = data.class_names
         self._images = data.images.to(device)
         self._classes, self._counts = classes, counts
@@ -63,7 +72,7 @@ class Episodes:
 
     @classmethod
     def from_dataset(cls, dataset: Dataset, classes: Mapping[str, Sequence[int]], split: str, **settings) -> Episodes:
-        """Episodes over a map-style dataset of (image, label) pairs, images as PIL or uint8 [C, H, W]; classes: labels by split."""
+        """Episodes over a map-style dataset of (image, label), PIL or uint8 [C, H, W]; classes: labels by split."""
         return cls(labelled(dataset, classes), split, **settings)
 
     def task(self, index: int) -> Task:
@@ -90,7 +99,8 @@ class Episodes:
         """The image numbers [ways, shots + queries] of a task, and its quarter turns [ways]."""
         rng = np.random.default_rng([self.seed, crc32(self.split.encode()), index])
         classes = rng.choice(self._classes, self.ways, replace=False)
-        # The smallest of random keys are a draw without replacement; classes with fewer images have no key beyond their last.
+        # The smallest of random keys are a draw without replacement; classes with fewer images have no key beyond
+        # their last.
         keys = rng.random((self.ways, self._most))
         keys[np.arange(self._most) >= self._counts[classes][:, None]] = 2.0
         chosen = np.argsort(keys, axis=1)[:, : self.shots + self.queries]

@@ -15,8 +15,8 @@ from metahpo.tasks.task import Task
 class Sinusoid:
     """y = a sin(x - p), a uniform in [0.1, 5], p in [0, pi], x in [-5, 5] (Finn et al. 2017, section 5.1).
 
-    Tasks are numbered, pure functions of (seed, split, number). support_x: [shots, 1]; support_y: [shots, 1]; query sets have
-    ``queries`` points. dtype float32.
+    Tasks are numbered, pure functions of (seed, split, number). support_x: [shots, 1]; support_y: [shots, 1]; query
+    sets have ``queries`` points. dtype float32.
     """
 
     def __init__(self, split: str = "train", *, shots: int = 10, queries: int = 10, seed: int = 0):

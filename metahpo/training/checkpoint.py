@@ -23,8 +23,9 @@ _NAME = re.compile(r"epoch-(\d+)(?:-step-(\d+))?\.([0-9a-f]{16})\.pt")
 class CheckpointStore:
     """The checkpoints of one run, in one folder.
 
-    A file is written whole under another name, synced, and renamed, so a name that exists is a complete file; the name carries
-    the start of the content's SHA-256, so later damage is noticed. ``torch.load(file, weights_only=True)`` reads it.
+    A file is written whole under another name, synced, and renamed, so a name that exists is a complete file; the name
+    carries the start of the content's SHA-256, so later damage is noticed. ``torch.load(file, weights_only=True)``
+    reads it.
     """
 
     def __init__(self, folder: str | Path):
@@ -100,11 +101,15 @@ def load_checkpoint(path: str | Path) -> State:
         raise CheckpointError(f"cannot read checkpoint {path}: {error.strerror}") from None
     match = _NAME.fullmatch(path.name)
     if match and _checksum(data) != match[3]:
-        raise DamagedCheckpoint(f"checkpoint {path} is damaged: its checksum is {_checksum(data)}, its name says {match[3]}")
+        raise DamagedCheckpoint(
+            f"checkpoint {path} is damaged: its checksum is {_checksum(data)}, its name says {match[3]}"
+        )
     try:
         state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
-        raise CheckpointError(f"checkpoint {path} holds code or objects other than tensors and plain values; refused") from None
+        raise CheckpointError(
+            f"checkpoint {path} holds code or objects other than tensors and plain values; refused"
+        ) from None
     except Exception as error:
         raise DamagedCheckpoint(f"checkpoint {path} is damaged: {str(error).splitlines()[0]}") from None
     if not (isinstance(state, dict) and {"learner", "epoch"} <= set(state)):

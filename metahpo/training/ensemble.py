@@ -16,11 +16,14 @@ from metahpo.training.settings import TrainingSettings
 from metahpo.training.trainer import evaluate
 
 
-def evaluate_run(run_dir: str | Path, learner: MetaLearner, tasks: TaskSource, count: int, settings: TrainingSettings) -> dict[str, Row]:
+def evaluate_run(
+    run_dir: str | Path, learner: MetaLearner, tasks: TaskSource, count: int, settings: TrainingSettings
+) -> dict[str, Row]:
     """Tests a run's best checkpoint by validation ("best") and its best ones together ("ensemble of k").
 
-    The ensemble averages the outputs of each checkpoint's adapted net (Antoniou et al. 2019, section 5; the authors' program
-    takes 5, the paper 3; ours ``settings.keep_best``). Rows hold means and 95% intervals. Leaves ``learner`` as the best checkpoint.
+    The ensemble averages the outputs of each checkpoint's adapted net (Antoniou et al. 2019, section 5; the authors'
+    program takes 5, the paper 3; ours ``settings.keep_best``). Rows hold means and 95% intervals. Leaves ``learner`` as
+    the best checkpoint.
     """
     learner.to(settings.torch_device())
     store = CheckpointStore(Path(run_dir) / "checkpoints")

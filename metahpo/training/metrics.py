@@ -11,13 +11,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from metahpo.errors import DataError
 from metahpo.training.checkpoint import write_atomically
 
 Row = dict[str, float]
 
 
 def summarise(metrics: Mapping[str, Tensor]) -> Row:
-    """The mean over tasks of each metric [T], and half the width of its 95% confidence interval as NAME_ci (normal, n - 1)."""
+    """The mean over tasks of each metric [T], and as NAME_ci half the width of its 95% interval (normal, n - 1)."""
     row: Row = {}
     for name, values in metrics.items():
         values = values.double()
@@ -72,10 +73,14 @@ class CsvLog:
         write_atomically(self.path, text.getvalue().encode())
 
     def read(self) -> list[Row]:
+        """The rows of the file, none if it does not exist; raises DataError if it is damaged."""
         if not self.path.exists():
             return []
-        with open(self.path, newline="") as file:
-            return [{name: float(value) for name, value in row.items() if value} for row in csv.DictReader(file)]
+        try:
+            with open(self.path, newline="") as file:
+                return [{name: float(value) for name, value in row.items() if value} for row in csv.DictReader(file)]
+        except (ValueError, TypeError, csv.Error) as error:
+            raise DataError(f"{self.path} is damaged: {error}") from None
 
 
 def _plain(value: float) -> float | int:

@@ -6,5 +6,5 @@ import math
 
 
 def cosine(epoch: int, epochs: int, start: float, end: float) -> float:
-    """Cosine annealing without restarts, from ``start`` at epoch 0 towards ``end`` at ``epochs`` (Loshchilov & Hutter 2017, eq. 5)."""
+    """Cosine annealing from ``start`` at epoch 0 towards ``end`` at ``epochs`` (Loshchilov & Hutter 2017, eq. 5)."""
     return end + (start - end) * (1 + math.cos(math.pi * epoch / epochs)) / 2

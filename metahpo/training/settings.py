@@ -23,12 +23,16 @@ class TrainingSettings(Settings):
     optimizer: str = Field("Adam", description="any class of torch.optim")
     optimizer_args: dict[str, Any] = Field(default_factory=dict, description="its arguments other than lr")
     lr: float = Field(1e-3, gt=0, description="outer rate")
-    min_lr: float | None = Field(1e-5, ge=0, description="cosine annealing by epoch from lr down to it; null: constant rate")
+    min_lr: float | None = Field(
+        1e-5, ge=0, description="cosine annealing by epoch from lr down to it; null: constant rate"
+    )
     clip_value: float | None = Field(None, gt=0, description="clamp each outer gradient entry to +- this")
     clip_norm: float | None = Field(None, gt=0, description="scale the outer gradient to at most this norm")
     val_tasks: int = Field(600, ge=1, description="fixed validation tasks after each epoch")
     test_tasks: int = Field(600, ge=1, description="fixed test tasks at the end")
-    keep_best: int = Field(5, ge=1, description="checkpoints kept by validation score, and the size of the test ensemble")
+    keep_best: int = Field(
+        5, ge=1, description="checkpoints kept by validation score, and the size of the test ensemble"
+    )
     engine: Literal["loop", "vmap"] = "loop"
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1, ...")
     seed: int = Field(0, ge=0)

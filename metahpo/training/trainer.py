@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from metahpo.errors import CheckpointError, NonFiniteError
+from metahpo.errors import CheckpointError, DataError, NonFiniteError
 from metahpo.learners.base import MetaLearner
 from metahpo.learners.phase import Phase
 from metahpo.tasks.task import TaskSource
@@ -30,10 +30,10 @@ from metahpo.training.settings import TrainingSettings
 class Trainer:
     """Trains any ``MetaLearner`` on numbered tasks and keeps the run in a folder.
 
-    learner: moved to the settings' device. run_dir: where checkpoints, metrics.csv and versions go; None keeps nothing. After
-    each epoch the learner is validated on the first ``val_tasks`` tasks of ``val_tasks`` and saved. Iteration i of epoch e sees the
-    tasks numbered from (e * iterations + i) * tasks on, and draws its randomness (dropout) from (seed, e, i): a run that was
-    interrupted and resumed is bit for bit the run that was not.
+    learner: moved to the settings' device. run_dir: where checkpoints, metrics.csv and versions go; None keeps nothing.
+    After each epoch the learner is validated on the first ``val_tasks`` tasks of ``val_tasks`` and saved. Iteration i
+    of epoch e sees the tasks numbered from (e * iterations + i) * tasks on, and draws its randomness (dropout) from
+    (seed, e, i): a run that was interrupted and resumed is bit for bit the run that was not.
 
     Raises NonFiniteError, before the update, when a loss or gradient is NaN or infinite.
     """
@@ -67,7 +67,7 @@ class Trainer:
     def resume(
         cls, run_dir: str | Path, learner: MetaLearner, train_tasks: TaskSource, val_tasks: TaskSource
     ) -> Trainer:
-        """The trainer of the run in ``run_dir`` as its newest whole checkpoint left it; damaged ones are named and passed over."""
+        """The run's trainer as its newest whole checkpoint left it; damaged ones are named and passed over."""
         path, state, damaged = CheckpointStore(Path(run_dir) / "checkpoints").latest()
         for line in damaged:
             print(f"{line}; going on from {path.name}", file=sys.stderr)
@@ -82,7 +82,7 @@ class Trainer:
 
         on_epoch: called with each new row. Ctrl-C or SIGTERM ends the current step, saves, and raises ``Interrupted``.
         """
-        until = min(until_epoch or self.settings.epochs, self.settings.epochs)
+        until = self.settings.epochs if until_epoch is None else min(until_epoch, self.settings.epochs)
         if self.run_dir and self.epoch < until:
             self.run_dir.mkdir(parents=True, exist_ok=True)
             write_atomically(self.run_dir / "versions.json", json.dumps(versions(self.device), indent=2).encode())
@@ -157,7 +157,11 @@ class Trainer:
         if bool(torch.isfinite(norm) & torch.isfinite(result.losses).all()):
             return
         bad = [number for number, loss in zip(numbers, result.losses.tolist()) if not abs(loss) < float("inf")]
-        what = f"the loss of task {bad[0]} is not finite" if bad else f"the gradient of tasks {numbers[0]} to {numbers[-1]} is not finite"
+        what = (
+            f"the loss of task {bad[0]} is not finite"
+            if bad
+            else f"the gradient of tasks {numbers[0]} to {numbers[-1]} is not finite"
+        )
         kept = ""
         if self.store and self.store.list():
             kept = f"; the last good checkpoint is {self.store.list()[-1]}"
@@ -207,7 +211,10 @@ class Trainer:
         self.epoch, self.iteration, self.history = state["epoch"], state["iteration"], state["history"]
         self._partial = SumOfMetrics(**state["partial"])
         assert self.run_dir is not None
-        logged = {row["epoch"]: row.get("seconds", 0.0) for row in CsvLog(self.run_dir / "metrics.csv").read()}
+        try:
+            logged = {row["epoch"]: row.get("seconds", 0.0) for row in CsvLog(self.run_dir / "metrics.csv").read()}
+        except DataError:
+            logged = {}  # Only the seconds are lost: all else is in the checkpoint, and the file is written anew.
         self._seconds = [logged.get(row["epoch"], 0.0) for row in self.history]
 
 
@@ -219,7 +226,8 @@ def evaluate(
     title: str = "evaluating",
     each: Callable[[], None] = lambda: None,
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Runs the first ``count`` tasks: metrics by name, [count], and query outputs by kind, [count, N, ...], both on the CPU.
+    """Runs the first ``count`` tasks: metrics by name, [count], and query outputs by kind, [count, N, ...], both on the
+    CPU.
 
     each: called after every batch of tasks.
     """
@@ -254,7 +262,9 @@ def seeded(*numbers: int, device: torch.device | None = None) -> Iterator[None]:
 
 def progress(title: str, total: int, initial: int = 0) -> tqdm:
     """A progress bar on a terminal, nothing elsewhere."""
-    return tqdm(desc=title, total=total, initial=initial, leave=False, disable=not sys.stderr.isatty(), dynamic_ncols=True)
+    return tqdm(
+        desc=title, total=total, initial=initial, leave=False, disable=not sys.stderr.isatty(), dynamic_ncols=True
+    )
 
 
 def versions(device: torch.device) -> dict[str, str]:

@@ -14,8 +14,8 @@ RuleState = Any
 class UpdateRule(nn.Module):
     """A differentiable optimiser; nothing is changed in place.
 
-    Its own ``nn.Parameter``s are hyperparameters, which an outer loop can learn. A subclass writes ``forward`` and, if it has
-    momenta or counters, ``init``.
+    Its own ``nn.Parameter``s are hyperparameters, which an outer loop can learn. A subclass writes ``forward`` and, if
+    it has momenta or counters, ``init``.
     """
 
     def init(self, params: Params) -> RuleState:

@@ -13,10 +13,11 @@ from metahpo.inner.rules.base import RuleState, UpdateRule
 
 
 class LayerStepRates(UpdateRule):
-    """w_l <- w_l - rates[l, step] * gradient_l (LSLR of Antoniou et al. 2019, section 4; weights and biases have their own).
+    """w_l <- w_l - rates[l, step] * gradient_l (LSLR of Antoniou et al. 2019, section 4; weights and biases have their
+    own).
 
-    names: the parameter tensors, one row each; steps: the columns (a later step uses the last one); lr: the initial rate.
-    Rates are free to become negative. ``rates`` is one [len(names), steps] parameter.
+    names: the parameter tensors, one row each; steps: the columns (a later step uses the last one); lr: the initial
+    rate. Rates are free to become negative. ``rates`` is one [len(names), steps] parameter.
     """
 
     def __init__(self, names: Iterable[str], steps: int, lr: float, *, learnable: bool = True):

@@ -15,8 +15,9 @@ from metahpo.tasks.task import Task
 class MetaGradient(NamedTuple):
     """The outer gradient of a batch of T tasks.
 
-    loss: the mean over tasks, scalar; grads: its gradient by the names of ``learner.outer_params()``, zeros where unused; metrics:
-    means over tasks, and under "buffers" the mean new value of each buffer; losses: [T], each task's own.
+    loss: the mean over tasks, scalar; grads: its gradient by the names of ``learner.outer_params()``, zeros where
+    unused; metrics: means over tasks, and under "buffers" the mean new value of each buffer; losses: [T], each task's
+    own.
     """
 
     loss: Tensor

@@ -40,4 +40,6 @@ def _vmapped(function, learner: MetaLearner, tasks: Task):
         if "vmap" not in str(error) and "batch" not in str(error).lower():
             raise
         reason = " ".join(str(error).split())[:300]
-        raise NetError(f"engine vmap cannot run this {type(learner).__name__} ({reason}); choose engine loop") from error
+        raise NetError(
+            f"engine vmap cannot run this {type(learner).__name__} ({reason}); choose engine loop"
+        ) from error
