@@ -155,7 +155,7 @@ Learner = Annotated[
 
 
 class RunConfig(Settings):
-    """One run; ``data``, ``net`` and ``learner`` are chosen by ``source`` or ``name``, and a bare name means its defaults."""
+    """One run; ``data``, ``net`` and ``learner`` are chosen by ``source`` or ``name``; a bare name takes the defaults."""
 
     data: Data
     net: Net

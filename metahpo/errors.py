@@ -14,7 +14,7 @@ class DataError(MetaHPOError):
 
 
 class NetError(MetaHPOError):
-    """A net that cannot be used as asked: wrong output shape, lazy modules, checkpointed blocks, unfit for an engine."""
+    """A net that cannot be used as asked: wrong output shape, lazy modules, checkpointed blocks, an unfit engine."""
 
 
 class CheckpointError(MetaHPOError):

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 from torch.func import grad_and_value
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from metahpo.functional.trees import Params, map_tree
 
@@ -31,8 +32,19 @@ class Reverse:
     def __call__(
         self, loss: InnerLoss, params: Params, carry: Any, batch: Any, step: int
     ) -> tuple[Params, Tensor, Any]:
-        grads, (value, carry) = grad_and_value(loss, has_aux=True)(params, carry, batch, step)
-        return grads, value, carry
+        # torch.func lets only tensors out of a gradient; the rest of the carry goes around it.
+        around: list[Any] = []
+
+        def tensors_out(params: Params) -> tuple[Tensor, list[Tensor]]:
+            value, new = loss(params, carry, batch, step)
+            leaves, spec = tree_flatten(new)
+            around[:] = [leaves, spec]
+            return value, [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+
+        grads, (value, tensors) = grad_and_value(tensors_out, has_aux=True)(params)
+        leaves, spec = around
+        given = iter(tensors)
+        return grads, value, tree_unflatten([next(given) if isinstance(x, Tensor) else x for x in leaves], spec)
 
 
 @dataclass(frozen=True)

@@ -64,7 +64,7 @@ class MetaLearner(nn.Module):
         return Phase(training=True)
 
     def meta_loss(self, task: Task, phase: Phase) -> tuple[Tensor, Metrics]:
-        """The outer loss of one task, and metrics: scalars by name, and under "buffers" new values of buffers by name."""
+        """The outer loss of one task, and metrics: scalars by name, and under "buffers" new buffers by name."""
         outputs = self.predict(self.adapt(task.support_x, task.support_y, phase), task.query_x)
         loss = self.loss(outputs, task.query_y)
         return loss, self.measure(outputs, task.query_y)
@@ -100,7 +100,11 @@ class MetaLearner(nn.Module):
         """Whether a prediction depends on the other inputs of its batch."""
         return False
 
-    # What the trainer uses.
+    # What the trainer and the engines use.
+
+    def forward(self, task: Task, phase: Phase) -> tuple[Tensor, Metrics]:
+        """``meta_loss``, so that ``torch.func.functional_call`` runs the learner with other parameters."""
+        return self.meta_loss(task, phase)
 
     def measure(self, outputs: Tensor, targets: Tensor) -> Metrics:
         """``accuracy`` for integer targets; nothing for regression."""

@@ -39,5 +39,8 @@ class Loop:
 
 def _mean_rows(rows: list[Metrics]) -> Metrics:
     buffers = [row.pop("buffers", {}) for row in rows]
-    mean = lambda tensor: tensor.detach().mean(0)  # noqa: E731
-    return {**map_tree(mean, stack_trees(rows)), "buffers": map_tree(mean, stack_trees(buffers))}
+    return {**map_tree(_mean, stack_trees(rows)), "buffers": map_tree(_mean, stack_trees(buffers))}
+
+
+def _mean(tensor: Tensor) -> Tensor:
+    return tensor.detach().mean(0)

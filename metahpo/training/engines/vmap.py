@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import torch
-from torch.func import vmap
+from torch import Tensor
+from torch.func import functional_call, grad, vmap
 
 from metahpo.errors import NetError
 from metahpo.functional.trees import Params, map_tree
@@ -19,23 +20,32 @@ class VMap:
     name = "vmap"
 
     def meta_gradient(self, learner: MetaLearner, tasks: Task, phase: Phase) -> MetaGradient:
-        params = learner.outer_params()
-        losses, metrics = _vmapped(lambda *task: learner.meta_loss(Task(*task), phase), learner, tasks)
-        loss = losses.mean()
-        grads = torch.autograd.grad(loss, list(params.values()), materialize_grads=True)
-        mean = lambda tensor: tensor.detach().mean(0)  # noqa: E731
-        buffers = map_tree(mean, metrics.pop("buffers", {}))
-        means = {**map_tree(mean, metrics), "buffers": buffers}
-        return MetaGradient(loss.detach(), dict(zip(params, grads)), means, losses.detach())
+        # The gradient is taken inside vmap, task by task, and not by autograd through it: with torch 2.15 that is silently
+        # wrong for layer, instance and batch norms whose scales differ from task to task.
+        def loss_of(params: Params, *task: Tensor) -> tuple[Tensor, tuple[Tensor, Metrics]]:
+            loss, metrics = functional_call(learner, params, (Task(*task), phase))
+            return loss, (loss, metrics)
+
+        in_dims = (None, *[0] * len(tasks))
+        grads, (losses, metrics) = _vmapped(
+            grad(loss_of, has_aux=True), learner, in_dims, learner.outer_params(), *tasks
+        )
+        buffers = map_tree(_mean, metrics.pop("buffers", {}))
+        metrics = {**map_tree(_mean, metrics), "buffers": buffers}
+        return MetaGradient(_mean(losses), map_tree(_mean, grads), metrics, losses.detach())
 
     @torch.no_grad()
     def evaluate(self, learner: MetaLearner, tasks: Task, phase: Phase) -> tuple[Metrics, Params]:
-        return _vmapped(lambda *task: learner.evaluate(Task(*task), phase), learner, tasks)
+        return _vmapped(lambda *task: learner.evaluate(Task(*task), phase), learner, 0, *tasks)
 
 
-def _vmapped(function, learner: MetaLearner, tasks: Task):
+def _mean(tensor: Tensor) -> Tensor:
+    return tensor.detach().mean(0)
+
+
+def _vmapped(function, learner: MetaLearner, in_dims, *arguments):
     try:
-        return vmap(function, randomness="different")(*tasks)
+        return vmap(function, in_dims=in_dims, randomness="different")(*arguments)
     except RuntimeError as error:
         if "vmap" not in str(error) and "batch" not in str(error).lower():
             raise
