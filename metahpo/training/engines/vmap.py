@@ -46,10 +46,8 @@ def _mean(tensor: Tensor) -> Tensor:
 def _vmapped(function, learner: MetaLearner, in_dims, *arguments):
     try:
         return vmap(function, in_dims=in_dims, randomness="different")(*arguments)
+    except torch.OutOfMemoryError:
+        raise
     except RuntimeError as error:
-        if "vmap" not in str(error) and "batch" not in str(error).lower():
-            raise
         reason = " ".join(str(error).split())[:300]
-        raise NetError(
-            f"engine vmap cannot run this {type(learner).__name__} ({reason}); choose engine loop"
-        ) from error
+        raise NetError(f"engine vmap cannot run this {type(learner).__name__} ({reason}); choose engine loop") from error
