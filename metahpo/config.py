@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -77,7 +78,7 @@ class Conv4Settings(Settings):
 
 class MLPSettings(Settings):
     name: Literal["mlp"]
-    hidden: tuple[int, ...] = (40, 40)
+    hidden: tuple[Annotated[int, Field(ge=1)], ...] = (40, 40)
 
 
 class CustomNet(Settings):
@@ -155,7 +156,7 @@ Learner = Annotated[
 
 
 class RunConfig(Settings):
-    """One run; ``data``, ``net`` and ``learner`` are chosen by ``source`` or ``name``; a bare name takes the defaults."""
+    """One run; ``data``, ``net``, ``learner`` are chosen by ``source`` or ``name``; a bare name takes the defaults."""
 
     data: Data
     net: Net
@@ -168,6 +169,13 @@ class RunConfig(Settings):
     def _empty_section(cls, value: Any) -> Any:
         return {} if value is None else value
 
+    @field_validator("run_dir", mode="before")
+    @classmethod
+    def _named(cls, value: Any) -> Any:
+        if value == "":
+            raise ValueError("should be a path or null")
+        return value
+
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """Reads a YAML config and applies ``key.sub=value`` overrides (values in YAML too).
@@ -177,17 +185,20 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """
     path = Path(path)
     try:
-        tree = yaml.load(path.read_text(), _Loader)
+        text = path.read_text(encoding="utf-8")
     except OSError as error:
         raise ConfigError(f"cannot read config {path}: {error.strerror}") from None
     except UnicodeDecodeError:
         raise ConfigError(f"config {path} is not text") from None
-    except yaml.YAMLError as error:
-        raise ConfigError(f"config {path} is not YAML: {' '.join(str(error).split())}") from None
+    except ValueError as error:  # A name that no file can have.
+        raise ConfigError(f"cannot read config {str(path)!r}: {error}") from None
+    try:
+        tree = _parse(text)
+    except ValueError as error:
+        raise ConfigError(f"config {path} is not YAML: {error}") from None
     if not isinstance(tree, dict):
-        raise ConfigError(
-            f"config {path} holds {type(tree).__name__}; expected keys {', '.join(RunConfig.model_fields)}"
-        )
+        found = "is empty" if tree is None else f"holds {tree!r:.60}"
+        raise ConfigError(f"config {path} {found}; expected keys {', '.join(RunConfig.model_fields)}")
     for key in UNIONS:
         if isinstance(tree.get(key), str):
             tree[key] = {_NAME_KEY[key]: tree[key]}
@@ -199,15 +210,18 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
 def validate(tree: Mapping[str, Any], where: str) -> RunConfig:
     """The tree as a config; ``where`` begins the error's message."""
     try:
-        return RunConfig.model_validate(tree)
+        config = RunConfig.model_validate(tree)
+        lines = list(_converted(tree, config.model_dump()))
     except ValidationError as error:
         lines = [_line(dict(e), tree) for e in error.errors()]
-        raise ConfigError("\n".join(f"{where}: {line}" for line in lines)) from None
+    if lines:
+        raise ConfigError("\n".join(f"{where}: {line}" for line in lines))
+    return config
 
 
 def dump_config(config: RunConfig) -> str:
     """The config as YAML with every setting spelt out; ``load_config`` of it gives the same config."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+    return yaml.dump(config.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False)
 
 
 def _override(tree: dict[str, Any], override: str) -> None:
@@ -215,8 +229,8 @@ def _override(tree: dict[str, Any], override: str) -> None:
     if not equals or not key:
         raise ConfigError(f"{override!r} is not an override; expected KEY.SUB=VALUE")
     try:
-        value = yaml.load(text, _Loader)
-    except yaml.YAMLError:
+        value = _parse(text)
+    except ValueError:
         raise ConfigError(f"the value in {override!r} is not YAML") from None
     *parents, last = key.split(".")
     node = tree
@@ -230,6 +244,16 @@ def _override(tree: dict[str, Any], override: str) -> None:
     if not parents and key in UNIONS and isinstance(value, str):
         value = {_NAME_KEY[key]: value}
     node[last] = value
+
+
+def _parse(text: str) -> Any:
+    """The text as YAML; ValueError with the reason in one line."""
+    try:
+        return yaml.load(text, _Loader)
+    except (yaml.YAMLError, ValueError) as error:
+        raise ValueError(" ".join(str(error).split())) from None
+    except RecursionError:
+        raise ValueError("it is nested too deep") from None
 
 
 # One line an error.
@@ -253,8 +277,23 @@ def _line(error: dict[str, Any], tree: Mapping[str, Any]) -> str:
         return f"key {path!r} is missing"
     if kind in ("union_tag_invalid", "union_tag_not_found"):
         return _tag_line(path, tree.get(path))
+    if kind in ("model_type", "model_attributes_type", "dict_type"):
+        return f"{path}: should be a section of keys, found {found!r}"
     expected = error["msg"].removeprefix("Value error, ").replace("Input should", "should")
-    return f"{path}: {expected}, found {found!r}"
+    expected = {"path_type": "should be a path", "string_pattern_mismatch": "should be MODULE:NAME"}.get(kind, expected)
+    return f"{path}: {expected}" if repr(found) in expected else f"{path}: {expected}, found {found!r}"
+
+
+def _converted(tree: Any, settings: Any, path: str = "") -> Iterator[str]:
+    """A line for each value that pydantic turned into a number (true into 1, "3" into 3), or that is not finite."""
+    if isinstance(tree, Mapping) and isinstance(settings, Mapping):
+        for key, value in tree.items():
+            yield from _converted(value, settings.get(key), f"{path}.{key}" if path else str(key))
+    elif isinstance(tree, (bool, str)) and isinstance(settings, (int, float)) and type(tree) is not type(settings):
+        expected = "true or false" if isinstance(settings, bool) else "a number"
+        yield f"{path}: should be {expected}, found {tree!r}"
+    elif isinstance(settings, float) and not math.isfinite(settings):
+        yield f"{path}: should be finite, found {settings!r}"
 
 
 def _tag_line(key: str, section: Any) -> str:
@@ -273,7 +312,7 @@ class _Loader(yaml.SafeLoader):
     """YAML in which 1e-3 is a number (YAML 1.1 wants 1.0e-3) and a key given twice is an error."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        for key in _repeated(k.value for k, _ in node.value):
+        for key in _repeated(k.value for k, _ in node.value if isinstance(k, yaml.ScalarNode)):
             raise yaml.YAMLError(f"key {key!r} is given twice{node.start_mark}")
         return super().construct_mapping(node, deep)
 
@@ -286,6 +325,16 @@ def _repeated(keys: Iterator[Any]) -> Iterator[Any]:
         seen.add(key)
 
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
-)
+class _Dumper(yaml.SafeDumper):
+    """Quotes the strings that ``_Loader`` would read as numbers."""
+
+
+for _yaml in (_Loader, _Dumper):
+    _yaml.add_implicit_resolver(
+        "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+    )
+# A run directory named 2024-05-17 is a name, not a date.
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith(":timestamp")]
+    for first, resolvers in _Loader.yaml_implicit_resolvers.items()
+}

@@ -7,6 +7,7 @@ import io
 import os
 import pickle
 import re
+import sys
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -38,7 +39,7 @@ class CheckpointStore:
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         buffer = io.BytesIO()
-        torch.save(state, buffer)
+        torch.save(_canonical(state), buffer)
         data = buffer.getvalue()
         step = f"-step-{iteration:05d}" if iteration else ""
         path = self.folder / f"epoch-{epoch:04d}{step}.{_checksum(data)}.pt"
@@ -141,6 +142,16 @@ def write_atomically(path: Path, data: bytes) -> None:
         os.fsync(folder)
     finally:
         os.close(folder)
+
+
+def _canonical(tree: Any) -> Any:
+    """The same tree in the same objects whatever its history: pickle writes equal strings that are one object differently
+    from equal ones that are two, as they are after a resume."""
+    if isinstance(tree, Mapping):
+        return {_canonical(key): _canonical(value) for key, value in tree.items()}
+    if isinstance(tree, (list, tuple)):
+        return type(tree)(_canonical(value) for value in tree)
+    return sys.intern(tree) if isinstance(tree, str) else tree
 
 
 def _checksum(data: bytes) -> str:

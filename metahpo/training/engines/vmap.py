@@ -20,8 +20,8 @@ class VMap:
     name = "vmap"
 
     def meta_gradient(self, learner: MetaLearner, tasks: Task, phase: Phase) -> MetaGradient:
-        # The gradient is taken inside vmap, task by task, and not by autograd through it: with torch 2.15 that is silently
-        # wrong for layer, instance and batch norms whose scales differ from task to task.
+        # The gradient is taken inside vmap, task by task, and not by autograd through it: with torch 2.15 that is
+        # silently wrong for layer, instance and batch norms whose scales differ from task to task.
         def loss_of(params: Params, *task: Tensor) -> tuple[Tensor, tuple[Tensor, Metrics]]:
             loss, metrics = functional_call(learner, params, (Task(*task), phase))
             return loss, (loss, metrics)
@@ -50,4 +50,6 @@ def _vmapped(function, learner: MetaLearner, in_dims, *arguments):
         raise
     except RuntimeError as error:
         reason = " ".join(str(error).split())[:300]
-        raise NetError(f"engine vmap cannot run this {type(learner).__name__} ({reason}); choose engine loop") from error
+        raise NetError(
+            f"engine vmap cannot run this {type(learner).__name__} ({reason}); choose engine loop"
+        ) from error

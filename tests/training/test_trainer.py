@@ -1,0 +1,257 @@
+from __future__ import annotations
+
+import gc
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from metahpo.errors import CheckpointError, NonFiniteError
+from metahpo.learners import MAML, Adapted, MAMLPlusPlus, MetaLearner
+from metahpo.nets import MLP
+from metahpo.tasks import Sinusoid, Task
+from metahpo.training import Interrupted, Trainer, TrainingSettings, evaluate_run
+from metahpo.training.metrics import CsvLog, SumOfMetrics, best_epochs, summarise
+from metahpo.training.schedules import cosine
+
+QUICK = {"epochs": 3, "iterations": 4, "tasks": 3, "val_tasks": 5, "test_tasks": 5, "keep_best": 2, "engine": "vmap"}
+
+
+class Blobs:
+    """Three-way classification of points around random means; task ``bad`` (if any) holds a NaN."""
+
+    def __init__(self, split: int = 0, bad: int | None = None):
+        self.split, self.bad = split, bad
+
+    def task(self, index: int) -> Task:
+        generator = torch.Generator().manual_seed(1000 * self.split + index)
+        y = torch.arange(3).repeat(4)
+        x = torch.randn(12, 4, generator=generator) + 2 * torch.randn(3, 4, generator=generator)[y]
+        if index == self.bad:
+            x[0, 0] = float("nan")
+        return Task(x[:6], y[:6], x[6:], y[6:])
+
+    def batch(self, indices) -> Task:
+        return Task(*(torch.stack(parts) for parts in zip(*(self.task(i) for i in indices))))
+
+
+def learner(dropout: float = 0.2) -> MAMLPlusPlus:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Dropout(dropout), nn.Linear(8, 3))
+        return MAMLPlusPlus(net, steps=2)
+
+
+def trainer(run_dir: Path | None = None, train: Blobs | None = None, **settings) -> Trainer:
+    return Trainer(learner(), train or Blobs(), Blobs(1), TrainingSettings(**{**QUICK, **settings}), run_dir)
+
+
+def test_cosine_schedule_equals_torch():
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(()))], lr=0.1)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 7, eta_min=0.001)
+    for epoch in range(8):
+        assert cosine(epoch, 7, 0.1, 0.001) == pytest.approx(schedule.get_last_lr()[0], rel=1e-12)
+        optimizer.step()
+        schedule.step()
+
+
+def test_training_improves_and_logs_every_epoch(tmp_path):
+    run = trainer(tmp_path, epochs=4, iterations=25, lr=0.01)
+    rows = run.fit()
+    assert [row["epoch"] for row in rows] == [1, 2, 3, 4]
+    assert rows[-1]["val_loss"] < 0.8 * rows[0]["val_loss_before"]
+    logged = CsvLog(tmp_path / "metrics.csv").read()
+    assert [{**row, "seconds": 0} for row in rows] == [{**row, "seconds": 0} for row in logged]
+    assert rows[0]["lr"] == 0.01
+    assert rows[3]["lr"] == pytest.approx(cosine(3, 4, 0.01, 1e-5))
+
+
+def test_one_step_is_torch_optim_on_the_mean_gradient():
+    run = trainer(optimizer="SGD", lr=0.5, min_lr=None, epochs=1, iterations=1, clip_value=0.01)
+    before = {n: p.detach().clone() for n, p in run.learner.outer_params().items()}
+    twin = learner(0.0)
+    twin.load_state_dict(run.learner.state_dict())
+    run.learner.module.net[3].p = 0.0
+    params = list(twin.outer_params().values())
+    loss = sum(twin.meta_loss(Blobs().task(i), twin.training_phase(0))[0] for i in range(3)) / 3
+    for (name, start), grad in zip(before.items(), torch.autograd.grad(loss, params)):
+        before[name] = start - 0.5 * grad.clamp(-0.01, 0.01)
+    run.fit()
+    torch.testing.assert_close({n: p.detach() for n, p in run.learner.outer_params().items()}, before)
+
+
+def final(run: Trainer) -> str:
+    """The name of the newest checkpoint, which holds the checksum of its bytes."""
+    return run.store.list()[-1].name
+
+
+@pytest.mark.parametrize("engine", ["loop", "vmap"])
+def test_an_interrupted_run_ends_as_if_it_had_not_been(tmp_path, engine):
+    whole = trainer(tmp_path / "whole", engine=engine)
+    whole.fit()
+    interrupted = trainer(tmp_path / "parts", Stopping(after=6), engine=engine)
+    with pytest.raises(Interrupted) as stop:
+        interrupted.fit()
+    assert stop.value.signum == signal.SIGTERM
+    assert interrupted.iteration > 0, "stopped inside an epoch"
+    resumed = Trainer.resume(tmp_path / "parts", learner(), Blobs(), Blobs(1))
+    assert (resumed.epoch, resumed.iteration) == (interrupted.epoch, interrupted.iteration)
+    resumed.fit()
+    assert final(resumed) == final(whole)
+
+
+class Stopping(Blobs):
+    """Sends this process SIGTERM when batch number ``after`` is drawn."""
+
+    def __init__(self, after: int):
+        super().__init__()
+        self.left = after
+
+    def batch(self, indices):
+        self.left -= 1
+        if self.left == 0:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return super().batch(indices)
+
+
+def test_fit_until_an_epoch_then_on(tmp_path):
+    parts, whole = trainer(tmp_path / "a"), trainer(tmp_path / "b")
+    assert len(parts.fit(until_epoch=0)) == 0
+    assert len(parts.fit(until_epoch=2)) == 2
+    assert len(parts.fit()) == 3
+    whole.fit()
+    assert final(parts) == final(whole)
+
+
+def test_a_damaged_newest_checkpoint_is_passed_over_and_named(tmp_path, capsys):
+    run = trainer(tmp_path)
+    run.fit()
+    newest = run.store.list()[-1]
+    newest.write_bytes(newest.read_bytes()[:-7])
+    resumed = Trainer.resume(tmp_path, learner(), Blobs(), Blobs(1))
+    assert resumed.epoch == 2
+    assert newest.name in capsys.readouterr().err
+    resumed.fit()
+    assert final(resumed) == newest.name
+
+
+def test_a_folder_with_a_run_is_not_overwritten(tmp_path):
+    trainer(tmp_path).fit(until_epoch=1)
+    with pytest.raises(CheckpointError, match="already holds a run"):
+        trainer(tmp_path)
+
+
+@pytest.mark.parametrize("engine", ["loop", "vmap"])
+def test_nan_stops_before_the_update_and_names_step_and_task(tmp_path, engine):
+    # Iteration 2 of epoch 2 sees tasks 15 to 17.
+    run = trainer(tmp_path, Blobs(bad=16), engine=engine)
+    with pytest.raises(NonFiniteError, match=r"epoch 2, iteration 2: the loss of task 16 is not finite.*epoch-0001"):
+        run.fit()
+    assert all(torch.isfinite(p).all() for p in run.learner.parameters())
+    assert [path.name[:10] for path in run.store.list()] == ["epoch-0001"]
+
+
+def test_keeps_the_two_newest_and_the_best(tmp_path):
+    run = trainer(tmp_path, epochs=6, keep_best=1, lr=0.05)
+    rows = run.fit()
+    kept = {int(path.name[6:10]) for path in run.store.list()}
+    assert kept == {5, 6, *best_epochs(rows, 1)}
+
+
+def test_ensemble_averages_the_outputs_of_the_best(tmp_path):
+    run = trainer(tmp_path)
+    rows = run.fit()
+    results = evaluate_run(tmp_path, learner(), Blobs(2), 5, run.settings)
+    assert set(results) == {"best", "ensemble of 2"}
+    best = best_epochs(rows, 2)
+    assert results["best"]["epoch"] == best[0]
+    logits = []
+    from metahpo.learners import Phase
+
+    for epoch in best:
+        model = learner()
+        model.load_state_dict(torch.load(run.store.of_epoch(epoch), weights_only=True)["learner"])
+        logits.append(model.outputs(Blobs(2).task(0), Phase())["after"])
+    expected = nn.functional.cross_entropy((logits[0] + logits[1]) / 2, Blobs(2).task(0).query_y)
+    one = evaluate_run(tmp_path, learner(), Blobs(2), 1, run.settings)["ensemble of 2"]["loss"]
+    assert one == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_confidence_interval_by_hand():
+    row = summarise({"accuracy": torch.tensor([0.5, 0.7, 0.9])})
+    assert row["accuracy"] == pytest.approx(0.7)
+    assert row["accuracy_ci"] == pytest.approx(1.96 * 0.2 / 3**0.5)
+
+
+def test_sums_of_metrics_survive_a_round_trip():
+    whole, part = SumOfMetrics(), SumOfMetrics()
+    for index, value in enumerate(torch.rand(10)):
+        whole.add({"loss": value})
+        part.add({"loss": value})
+        if index == 4:
+            part = SumOfMetrics(part.count, part.sums())
+    assert whole.means() == part.means()
+
+
+class Nearest(MetaLearner):
+    """A learner without gradient steps: class means in an embedding."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Linear(4, 4)
+
+    def adapt(self, support_x, support_y, phase):
+        hot = nn.functional.one_hot(support_y, 3).to(support_x.dtype)
+        return Adapted({"means": hot.T @ self.embed(support_x) / hot.sum(0)[:, None]}, phase)
+
+    def predict(self, adapted, x):
+        return -(self.embed(x)[:, None] - adapted.params["means"]).pow(2).sum(-1)
+
+
+@pytest.mark.parametrize("engine", ["loop", "vmap"])
+def test_any_learner_trains(tmp_path, engine):
+    settings = TrainingSettings(**{**QUICK, "engine": engine, "iterations": 10})
+    rows = Trainer(Nearest(), Blobs(), Blobs(1), settings, tmp_path).fit()
+    assert rows[-1]["val_accuracy"] > 0.5
+    assert rows[-1]["val_accuracy"] == rows[-1]["val_accuracy_inductive"]
+
+
+def test_regression_is_ranked_by_loss(tmp_path):
+    net = MLP([1], 1)
+    run = Trainer(
+        MAML(net, steps=1, inner_lr=0.01, loss=nn.functional.mse_loss),
+        Sinusoid("train"),
+        Sinusoid("val"),
+        TrainingSettings(**QUICK),
+        tmp_path,
+    )
+    rows = run.fit()
+    assert best_epochs(rows, 1) == [min(rows, key=lambda row: row["val_loss"])["epoch"]]
+
+
+def test_memory_does_not_grow():
+    tensors = []
+    run = trainer(epochs=1, iterations=200, engine="loop")
+    original = run._step
+
+    def counting(phase):
+        loss = original(phase)
+        if run.iteration in (20, 199):
+            gc.collect()
+            tensors.append(sum(isinstance(o, torch.Tensor) for o in gc.get_objects()))
+        return loss
+
+    run._step = counting
+    run.fit()
+    assert tensors[1] <= tensors[0]
+
+
+def test_the_global_generator_is_left_alone():
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    trainer().fit(until_epoch=1)
+    assert torch.equal(torch.rand(3), expected)
