@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import importlib
+import difflib
 import inspect
-import sys
-import traceback
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,22 +24,35 @@ from metahpo.config import (
     RunConfig,
     SinusoidSettings,
 )
-from metahpo.errors import ConfigError, DataError, MetaHPOError, NetError
+from metahpo.custom import brief, call, check_learner, check_source, reason
+from metahpo.errors import CheckpointError, ConfigError, NetError
 from metahpo.learners import MAML, MAMLPlusPlus, MetaLearner
 from metahpo.nets import MLP, Conv4
 from metahpo.tasks import Episodes, LabelledImages, Sinusoid, Task, TaskSource
+from metahpo.training.checkpoint import CheckpointStore
+from metahpo.training.settings import TrainingSettings
 from metahpo.training.trainer import Trainer, seeded
 
 SPLITS = ("train", "val", "test")
 
 
 def build_tasks(config: RunConfig, splits: tuple[str, ...] = SPLITS) -> dict[str, TaskSource]:
-    """The task source of each split; each is tried once, so that data which cannot serve is refused before any work."""
-    data, seed = config.data, config.training.seed
+    """The task source of each split; data which cannot serve is refused before any work.
+
+    Your own source is tried with the first task and the last one that the config asks of it.
+    """
+    data, settings, seed = config.data, config.training, config.training.seed
+    check_device(settings)
     if isinstance(data, CustomTasks):
-        sources = {split: _call(data.source, "data.source", split=split, seed=seed, **data.args) for split in splits}
+        if taken := sorted({"split", "seed"} & set(data.args)):
+            raise ConfigError(f"data.args.{taken[0]}: metahpo itself passes {taken[0]} to {data.source}; take it out")
+        sources = {
+            split: call(data.source, "data.source", {"split": split, "seed": seed, **data.args}) for split in splits
+        }
+        counts = {"train": settings.epochs * settings.iterations * settings.tasks}
+        counts |= {"val": settings.val_tasks, "test": settings.test_tasks}
         for split, source in sources.items():
-            _check_source(source, data.source, split)
+            check_source(source, f"data.source {data.source}, split {split!r}", counts[split])
         return sources
     queries = {s: data.queries if s == "train" or data.eval_queries is None else data.eval_queries for s in splits}
     if isinstance(data, SinusoidSettings):
@@ -94,11 +104,8 @@ def build_learner(config: RunConfig, example: Task) -> MetaLearner:
         net = build_net(config, example)
         check_net(net, example, config.net.name)
         if isinstance(settings, CustomLearner):
-            learner = _call(settings.name, "learner.name", net, optional={"loss": loss}, **settings.args)
-            if not isinstance(learner, MetaLearner):
-                raise ConfigError(
-                    f"learner.name: {settings.name} gave {type(learner).__name__}, expected a MetaLearner"
-                )
+            learner = call(settings.name, "learner.name", settings.args, net, optional={"loss": loss})
+            check_learner(learner, settings.name, example.to("cpu"))
             return learner
         kind = MAML if isinstance(settings, MAMLSettings) else MAMLPlusPlus
         return kind(net, loss=loss, **settings.model_dump(exclude={"name"}))
@@ -109,45 +116,56 @@ def build_net(config: RunConfig, example: Task) -> nn.Module:
     shape = {"in_shape": tuple(example.support_x.shape[1:]), "out_features": _outputs(example)}
     settings = config.net
     if isinstance(settings, CustomNet):
-        net = _call(settings.name, "net.name", optional=shape, **settings.args)
+        net = call(settings.name, "net.name", settings.args, optional=shape)
         if not isinstance(net, nn.Module):
             raise ConfigError(f"net.name: {settings.name} gave {type(net).__name__}, expected a torch.nn.Module")
         return net
-    if isinstance(settings, MLPSettings):
-        return MLP(**shape, hidden=settings.hidden)
-    assert isinstance(settings, Conv4Settings)
-    if len(shape["in_shape"]) != 3:
+    if isinstance(settings, Conv4Settings) and len(shape["in_shape"]) != 3:
         raise NetError(f"net conv4 takes images [C, H, W]; the data gives {list(shape['in_shape'])}; choose mlp")
-    return Conv4(**shape, filters=settings.filters, slope=settings.slope)
+    try:
+        if isinstance(settings, MLPSettings):
+            return MLP(**shape, hidden=settings.hidden)
+        return Conv4(**shape, filters=settings.filters, slope=settings.slope)
+    except (RuntimeError, MemoryError, OverflowError, TypeError) as error:
+        raise NetError(f"net {settings.name} of this size cannot be made: {brief(error)}") from error
 
 
 def check_net(net: nn.Module, example: Task, name: str) -> None:
-    """Raises NetError unless ``net`` maps the task's inputs to outputs that fit its targets."""
-    x, y = example.support_x.cpu(), example.support_y
-    expected = [len(x), _outputs(example)]
+    """Raises NetError unless ``net`` maps the task's inputs, support and query, to outputs that fit its targets."""
+    for x in (example.support_x.cpu(), example.query_x.cpu()):
+        _check_outputs(net, x, _outputs(example), name, "values" if example.query_y.is_floating_point() else "ways")
+
+
+def _check_outputs(net: nn.Module, x: torch.Tensor, outputs: int, name: str, what: str) -> None:
+    expected = [len(x), outputs]
     was_training = net.training
     try:
         with torch.no_grad():
             # In evaluation mode, so that the trial leaves running statistics alone.
             output = net.eval()(x)
     except Exception as error:
-        raise NetError(f"net {name} fails on inputs {list(x.shape)}: {_brief(error)}") from error
+        raise NetError(f"net {name} fails on inputs {list(x.shape)}: {brief(error)}") from error
     finally:
         net.train(was_training)
     found = list(output.shape) if isinstance(output, torch.Tensor) else type(output).__name__
     if found != expected:
-        what = "values" if y.is_floating_point() else "ways"
-        raise NetError(
-            f"net {name} gives {found} for inputs {list(x.shape)}; expected {expected} ({expected[1]} {what})"
-        )
+        raise NetError(f"net {name} gives {found} for inputs {list(x.shape)}; expected {expected} ({outputs} {what})")
 
 
 def build_trainer(config: RunConfig, run_dir: str | Path, *, resume: bool = False) -> Trainer:
     """The trainer of a run, new or as its newest checkpoint left it."""
-    tasks = build_tasks(config, ("train", "val"))
+    # The test tasks too: what is wrong with them should show now, not after the training.
+    tasks = build_tasks(config)
     learner = build_learner(config, tasks["train"].task(0))
-    if resume:
-        return Trainer.resume(run_dir, learner, tasks["train"], tasks["val"])
+    check_optimizer(config.training, learner)
+    # A run that was killed before its first epoch was saved has nothing to resume from, and begins anew.
+    if resume and (store := CheckpointStore(Path(run_dir) / "checkpoints")).list():
+        path, state, _ = store.latest()
+        _check_settings(config.training, state["settings"], path)
+        try:
+            return Trainer.resume(run_dir, learner, tasks["train"], tasks["val"])
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise CheckpointError(f"{path}: cannot go on from it: {brief(error)}") from error
     return Trainer(learner, tasks["train"], tasks["val"], config.training, run_dir)
 
 
@@ -156,57 +174,50 @@ def _outputs(example: Task) -> int:
     return y.shape[-1] if y.is_floating_point() else int(max(y.max(), example.query_y.max())) + 1
 
 
-def _check_source(source: Any, name: str, split: str) -> None:
-    if not isinstance(source, TaskSource):
-        raise ConfigError(
-            f"data.source: {name} gave {type(source).__name__} for split {split!r}, expected a TaskSource"
-        )
+def check_device(settings: TrainingSettings) -> None:
+    """Raises ConfigError if this machine cannot compute on the settings' device."""
     try:
-        task = source.task(0)
-    except MetaHPOError:
-        raise
+        torch.ones(1, device=settings.torch_device()).item()
     except Exception as error:
-        raise DataError(f"data.source {name}, split {split!r}: task 0 fails: {_brief(error)}") from error
-    if not isinstance(task, Task):
-        raise DataError(f"data.source {name}, split {split!r}: task(0) gave {type(task).__name__}, expected a Task")
+        raise ConfigError(f"training.device: {settings.device!r} cannot be used here: {reason(error)}") from error
 
 
-def _call(name: str, key: str, *args: Any, optional: dict[str, Any] | None = None, **kwargs: Any) -> Any:
-    """Calls the user's MODULE:ATTRIBUTE; ``optional`` arguments are passed only if it takes them."""
-    function = _import(name, key)
+def check_optimizer(settings: TrainingSettings, learner: MetaLearner) -> None:
+    """Raises ConfigError unless the settings' optimizer can be made and makes a step, tried on zeros."""
+    name, args = settings.optimizer, settings.optimizer_args
+    params = [torch.zeros_like(p, device=settings.torch_device()) for p in learner.outer_params().values()]
+    if not params:
+        raise ConfigError(f"learner.name: {type(learner).__name__} has no parameter to learn (that requires grad)")
+    if taken := sorted({"lr", "params"} & set(args)):
+        raise ConfigError(f"training.optimizer_args.{taken[0]}: should not be here; the rate is training.lr")
+    kind = getattr(torch.optim, name)
+    known = [k for k in inspect.signature(kind).parameters if k not in ("params", "lr")]
+    for key in args:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, 1)
+            hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
+            raise ConfigError(f"training.optimizer_args: {name} has no argument {key!r}; {hint}")
     try:
-        taken = inspect.signature(function).parameters
-        open_ended = any(p.kind is p.VAR_KEYWORD for p in taken.values())
-        kwargs = {**{k: v for k, v in (optional or {}).items() if k in taken or open_ended}, **kwargs}
-        inspect.signature(function).bind(*args, **kwargs)
-    except TypeError as error:
-        raise ConfigError(f"{key}: {name} cannot be called with {', '.join(kwargs) or 'nothing'}: {error}") from None
-    except ValueError:
-        pass  # No signature to check (a builtin): the call itself will tell.
-    try:
-        return function(*args, **kwargs)
-    except MetaHPOError:
-        raise
+        optimizer = kind([p.requires_grad_() for p in params], lr=settings.lr, **args)
     except Exception as error:
-        raise ConfigError(f"{key}: {name} failed: {_brief(error)}") from error
-
-
-def _import(name: str, key: str) -> Callable[..., Any]:
-    module_name, _, attribute = name.partition(":")
-    if (here := str(Path.cwd())) not in sys.path:
-        sys.path.insert(0, here)
+        where = f"optimizer_args: {name} refuses {args}" if args else f"optimizer: {name} cannot be used"
+        raise ConfigError(f"training.{where}: {reason(error)}") from error
+    for param in params:
+        param.grad = torch.zeros_like(param)
     try:
-        module = importlib.import_module(module_name)
+        optimizer.step()
     except Exception as error:
-        raise ConfigError(f"{key}: cannot import {module_name!r}: {_brief(error)}") from error
-    found = getattr(module, attribute, None)
-    if not callable(found):
-        raise ConfigError(f"{key}: {module_name!r} ({module.__file__}) has no function or class {attribute!r}")
-    return found
+        raise ConfigError(f"training.optimizer: {name} cannot train this learner: {reason(error)}") from error
 
 
-def _brief(error: Exception) -> str:
-    """The error in one line, with the place in the user's file that raised it."""
-    frames = traceback.extract_tb(error.__traceback__)
-    place = f" ({frames[-1].filename}:{frames[-1].lineno})" if frames else ""
-    return f"{type(error).__name__}: {' '.join(str(error).split())}{place}"
+def _check_settings(settings: TrainingSettings, trained: dict[str, Any], path: Path) -> None:
+    """Raises ConfigError if config.yaml asks for other settings than the run was trained with."""
+    asked = settings.model_dump()
+    lines = [
+        f"training.{key}: config.yaml says {asked[key]!r}, but {path.name} was trained with {trained[key]!r}; "
+        "set it back, or train anew"
+        for key in asked
+        if key in trained and trained[key] != asked[key]
+    ]
+    if lines:
+        raise ConfigError("\n".join(lines))

@@ -24,8 +24,8 @@ checkpoints/, test.json and report/report.md. Ctrl-C or SIGTERM ends the current
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line and returns its exit code: 0, 1 (training diverged), 2 (bad input), 130/143 (stopped)."""
-    options = _parser().parse_args(arguments)
     try:
+        options = _parse(arguments)
         return options.run(options)
     except NonFiniteError as error:
         print(f"metahpo: {error}", file=sys.stderr)
@@ -35,16 +35,38 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"metahpo: {line}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as stop:
-        print(f"metahpo: {stop or 'stopped by SIGINT'}", file=sys.stderr)
+        print(f"metahpo: {str(stop) or 'stopped by SIGINT'}", file=sys.stderr)
         return 128 + getattr(stop, "signum", 2)
     except BrokenPipeError:
         # Whoever read the output has gone; Python would complain once more when it flushes at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
+    except OSError as error:
+        # A full disk, a folder that may not be read or written.
+        print(f"metahpo: {f'{error.filename}: ' if error.filename else ''}{error.strerror or error}", file=sys.stderr)
+        return 2
+
+
+class _Parser(argparse.ArgumentParser):
+    """Reports a usage error as every other bad input: one line."""
+
+    def error(self, message: str):
+        raise ConfigError(f"{message}; see {self.prog} --help")
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = _parser()
+    options, rest = parser.parse_known_args(arguments)
+    # argparse takes positional arguments up to the first option only; overrides may also follow one.
+    if rest and (not hasattr(options, "overrides") or any(argument.startswith("-") for argument in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        options.overrides += rest
+    return options
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="metahpo", description="Meta-learning and hyperparameter optimisation.")
+    parser = _Parser(prog="metahpo", description="Meta-learning and hyperparameter optimisation.")
     parser.add_argument("--version", action="version", version=f"metahpo {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     raw = argparse.RawDescriptionHelpFormatter
@@ -82,10 +104,9 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"should be at least 1, found {value}")
-    return value
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"should be a whole number of at least 1, found {text!r}")
+    return int(text)
 
 
 def _train(options: argparse.Namespace) -> int:
@@ -95,17 +116,21 @@ def _train(options: argparse.Namespace) -> int:
     from metahpo.training.checkpoint import write_atomically
 
     if options.resume:
-        if options.config:
-            raise ConfigError(f"--resume takes the run's own config; found {options.config!r} as well")
+        if given := [options.config, *options.overrides] if options.config else options.overrides:
+            raise ConfigError(f"--resume takes the run's own config; found {' '.join(given)!r} as well")
         run_dir = _run_dir(options.resume)
         config = load_config(run_dir / "config.yaml")
         trainer = build_trainer(config, run_dir, resume=True)
-        print(f"resuming {run_dir} at epoch {trainer.epoch + 1}, iteration {trainer.iteration + 1}")
+        if trainer.epoch < config.training.epochs:
+            print(f"resuming {run_dir} at epoch {trainer.epoch + 1}, iteration {trainer.iteration + 1}")
+        else:
+            print(f"{run_dir} is trained: all {trainer.epoch} epochs are done")
     else:
         if not options.config:
             raise ConfigError("a CONFIG is needed, or --resume RUN_DIR; see metahpo train --help")
         config = load_config(options.config, options.overrides)
         run_dir = config.run_dir or _new_run_dir(Path(options.config))
+        _check_new(run_dir)
         trainer = build_trainer(config, run_dir)
         run_dir.mkdir(parents=True, exist_ok=True)
         write_atomically(run_dir / "config.yaml", dump_config(config).encode())
@@ -147,10 +172,12 @@ def _test_and_report(config: Any, run_dir: Path, split: str, count: int) -> None
 def _test(config: Any, run_dir: Path, split: str, count: int):
     from metahpo.building import build_learner, build_tasks
     from metahpo.training.checkpoint import write_atomically
-    from metahpo.training.ensemble import evaluate_run
+    from metahpo.training.ensemble import evaluate_run, load_best
 
     tasks = build_tasks(config, (split,))[split]
     learner = build_learner(config, tasks.task(0))
+    # Refuses, before any work, a run without a whole epoch and a checkpoint that does not fit.
+    load_best(run_dir, learner, config.training)
     rows = evaluate_run(run_dir, learner, tasks, count, config.training)
     result = {"split": split, "tasks": count, "rows": rows}
     write_atomically(run_dir / f"{split}.json", json.dumps(result, indent=2).encode())
@@ -164,6 +191,19 @@ def _write_report(run_dir: Path, learner: Any, example: Any) -> None:
     from metahpo.report import write_report
 
     print(f"report: {write_report(run_dir, learner.cpu(), example.to('cpu'))}")
+
+
+def _check_new(run_dir: Path) -> None:
+    """Raises, before data is loaded, if the run cannot be kept in ``run_dir``."""
+    for path in (run_dir, *run_dir.parents):
+        if path.exists():
+            if not path.is_dir():
+                raise ConfigError(f"run_dir {run_dir}: {path} is a file, expected a folder")
+            if not os.access(path, os.W_OK | os.X_OK):
+                raise ConfigError(f"run_dir {run_dir}: no permission to write in {path}")
+            break
+    if any((run_dir / "checkpoints").glob("*.pt")):
+        raise CheckpointError(f"{run_dir} already holds a run; --resume it or choose another run_dir")
 
 
 def _run_dir(name: str) -> Path:

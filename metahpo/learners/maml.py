@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from itertools import repeat
 
 import torch
@@ -9,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from metahpo.errors import NetError
-from metahpo.functional import FunctionalModule, Params
+from metahpo.functional import FunctionalModule, Params, PerStepBatchNorm
 from metahpo.inner import SGD, FirstOrder, LayerStepRates, Reverse, UpdateRule, unroll
 from metahpo.learners.base import Adapted, Loss, MetaLearner, Metrics
 from metahpo.learners.phase import Improvements, Phase
@@ -113,6 +114,20 @@ class MAML(MetaLearner):
     def outputs(self, task: Task, phase: Phase) -> dict[str, Tensor]:
         """As the base class, with "before": the query set under the initial weights."""
         return {**super().outputs(task, phase), "before": self.predict(self.initial(phase), task.query_x)}
+
+    def fitted(self, support_x: Tensor, support_y: Tensor, *, inductive: bool = True) -> nn.Module:
+        """A copy of the net fitted to one support set: a plain module in evaluation mode, to keep and use by itself.
+
+        inductive: whether its batch norms, if any, use running statistics, so that one input's output is independent of
+        the others; else they use each batch's own, which gives the transductive accuracy.
+        """
+        adapted = self.adapt(support_x, support_y, Phase())
+        net = copy.deepcopy(self.module.net)
+        net.load_state_dict({name: p.detach() for name, p in adapted.params.items()}, strict=False)
+        for norm in net.modules():
+            if isinstance(norm, PerStepBatchNorm):
+                norm.step, norm.inductive = self.steps - 1, inductive
+        return net.eval()
 
     def _predict(
         self, adapted: Adapted, params: Params, buffers: Params, x: Tensor, step: int

@@ -8,6 +8,7 @@ import os
 import pickle
 import re
 import sys
+import zipfile
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,16 @@ from metahpo.errors import CheckpointError
 State = dict[str, Any]
 # epoch-0003.<checksum>.pt holds the state after 3 epochs; epoch-0003-step-00017 that after 17 more iterations.
 _NAME = re.compile(r"epoch-(\d+)(?:-step-(\d+))?\.([0-9a-f]{16})\.pt")
+# What every checkpoint holds, with its type.
+_CONTENT = {
+    "epoch": int,
+    "iteration": int,
+    "learner": dict,
+    "optimizer": dict,
+    "history": list,
+    "partial": dict,
+    "settings": dict,
+}
 
 
 class CheckpointStore:
@@ -105,6 +116,8 @@ def load_checkpoint(path: str | Path) -> State:
         raise DamagedCheckpoint(
             f"checkpoint {path} is damaged: its checksum is {_checksum(data)}, its name says {match[3]}"
         )
+    if not zipfile.is_zipfile(io.BytesIO(data)):
+        raise DamagedCheckpoint(f"checkpoint {path} is damaged: it is not a file of torch.save")
     try:
         state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
@@ -112,9 +125,10 @@ def load_checkpoint(path: str | Path) -> State:
             f"checkpoint {path} holds code or objects other than tensors and plain values; refused"
         ) from None
     except Exception as error:
-        raise DamagedCheckpoint(f"checkpoint {path} is damaged: {str(error).splitlines()[0]}") from None
-    if not (isinstance(state, dict) and {"learner", "epoch"} <= set(state)):
-        raise CheckpointError(f"{path} is not a metahpo checkpoint: it has no learner and epoch")
+        raise DamagedCheckpoint(f"checkpoint {path} is damaged: {' '.join(str(error).split())[:200]}") from None
+    for name, kind in _CONTENT.items():
+        if not (isinstance(state, dict) and isinstance(state.get(name), kind)):
+            raise CheckpointError(f"{path} is not a metahpo checkpoint: it has no {name!r} ({kind.__name__})")
     return state
 
 
@@ -122,21 +136,31 @@ def load_learner(learner: torch.nn.Module, state: Mapping[str, torch.Tensor], wh
     """``learner.load_state_dict`` with an error that names the first entry which does not fit."""
     own = learner.state_dict()
     for name in [*own, *state]:
-        found = tuple(state[name].shape) if name in state else "nothing"
-        expected = tuple(own[name].shape) if name in own else "nothing"
+        found, expected = _shape(state, name), _shape(own, name)
         if found != expected:
             raise CheckpointError(f"{where} does not fit the learner: {name!r} is {found}, expected {expected}")
     learner.load_state_dict(state)
 
 
+def _shape(state: Mapping[str, Any], name: str) -> tuple[int, ...] | str:
+    if name not in state:
+        return "nothing"
+    value = state[name]
+    return tuple(value.shape) if isinstance(value, torch.Tensor) else type(value).__name__
+
+
 def write_atomically(path: Path, data: bytes) -> None:
     """Writes a file so that after a crash it is either as before or complete."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with open(temporary, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
     folder = os.open(path.parent, os.O_RDONLY)
     try:
         os.fsync(folder)
@@ -145,8 +169,10 @@ def write_atomically(path: Path, data: bytes) -> None:
 
 
 def _canonical(tree: Any) -> Any:
-    """The same tree in the same objects whatever its history: pickle writes equal strings that are one object differently
-    from equal ones that are two, as they are after a resume."""
+    """The same tree in the same objects whatever its history.
+
+    Pickle writes two equal strings differently from one string used twice, and a resumed run has the former.
+    """
     if isinstance(tree, Mapping):
         return {_canonical(key): _canonical(value) for key, value in tree.items()}
     if isinstance(tree, (list, tuple)):

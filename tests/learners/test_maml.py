@@ -176,3 +176,14 @@ def test_sinusoid_adapts_by_mean_squared_error():
     assert outputs["after"].shape == (4, 10, 1)
     assert "accuracy" not in metrics
     assert metrics["loss"].mean() < metrics["loss_before"].mean()
+
+
+@pytest.mark.parametrize("inductive", [False, True])
+def test_a_fitted_net_is_a_plain_module_with_the_learners_predictions(inductive):
+    learner = MAMLPlusPlus(conv(), steps=2).double()
+    task = image_tasks().select(0)
+    before = {name: value.clone() for name, value in learner.state_dict().items()}
+    net = learner.fitted(task.support_x, task.support_y, inductive=inductive)
+    expected = learner.outputs(task, Phase())["inductive" if inductive else "after"]
+    torch.testing.assert_close(net(task.query_x), expected)
+    torch.testing.assert_close(dict(learner.state_dict()), before, rtol=0, atol=0)

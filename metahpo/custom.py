@@ -1,0 +1,124 @@
+"""The user's own code, MODULE:ATTRIBUTE of a config: found, called, and tried before any work."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from metahpo.errors import ConfigError, DataError, MetaHPOError
+from metahpo.learners import MetaLearner, Phase
+from metahpo.tasks import Task, TaskSource
+
+
+def check_learner(learner: Any, name: str, example: Task) -> None:
+    """Raises ConfigError unless the user's learner gives a loss, and metrics, for a task."""
+    if not isinstance(learner, MetaLearner):
+        raise ConfigError(f"learner.name: {name} gave {type(learner).__name__}, expected a MetaLearner")
+    try:
+        loss, _ = learner.meta_loss(example, learner.training_phase(0))
+        with torch.no_grad():
+            learner.evaluate(example, Phase())
+    except MetaHPOError:
+        raise
+    except Exception as error:
+        raise ConfigError(f"learner.name: {name} fails on a task: {brief(error)}") from error
+    if not isinstance(loss, torch.Tensor) or loss.shape != ():
+        found = list(loss.shape) if isinstance(loss, torch.Tensor) else type(loss).__name__
+        raise ConfigError(f"learner.name: {name} gives the loss {found} for a task, expected a scalar tensor")
+
+
+def check_source(source: Any, where: str, count: int) -> None:
+    """Raises ConfigError or DataError unless the user's source gives tasks 0 and ``count`` - 1, alone and batched."""
+    if not isinstance(source, TaskSource):
+        raise ConfigError(f"{where}: found {type(source).__name__}, expected a TaskSource")
+    for index in dict.fromkeys([0, count - 1]):
+        try:
+            task, batch = source.task(index), source.batch([index])
+        except MetaHPOError:
+            raise
+        except Exception as error:
+            raise DataError(f"{where}: task {index} of {count} fails: {brief(error)}") from error
+        for method, found in (("task", task), ("batch", batch)):
+            if not isinstance(found, Task) or not all(isinstance(t, torch.Tensor) for t in found):
+                raise DataError(f"{where}: {method}({index}) gave {type(found).__name__}, expected a Task of tensors")
+        if problem := _problem(task):
+            raise DataError(f"{where}: task {index}: {problem}")
+        if [t.shape for t in batch] != [(1, *t.shape) for t in task]:
+            raise DataError(f"{where}: batch([{index}]) should be task({index}) with one more leading dimension")
+
+
+def _problem(task: Task) -> str | None:
+    """What is wrong with a task's shapes and types, in a line."""
+    for kind, x, y in (("support", task.support_x, task.support_y), ("query", task.query_x, task.query_y)):
+        if x.dim() == 0 or y.dim() == 0 or len(x) != len(y) or len(x) == 0:
+            return f"{kind}_x {list(x.shape)} and {kind}_y {list(y.shape)} should be equally long, at least 1"
+        if y.is_floating_point() and y.dim() < 2:
+            return f"{kind}_y is {list(y.shape)}; expected values [N, D], or labels as int64 [N]"
+        if not y.is_floating_point() and (y.dtype != torch.int64 or y.dim() != 1 or bool(y.min() < 0)):
+            return f"{kind}_y is {y.dtype} {list(y.shape)}; expected labels from 0 on as int64 [N], or values [N, D]"
+    if task.support_y.dtype != task.query_y.dtype:
+        return f"support_y is {task.support_y.dtype}, query_y {task.query_y.dtype}"
+    return None
+
+
+def call(name: str, key: str, args: dict[str, Any], *first: Any, optional: dict[str, Any] | None = None) -> Any:
+    """Calls the user's MODULE:ATTRIBUTE as (*first, **args), with those of ``optional`` that it takes."""
+    function = _import(name, key)
+    kwargs = dict(args)
+    try:
+        taken = inspect.signature(function).parameters
+        open_ended = any(p.kind is p.VAR_KEYWORD for p in taken.values())
+        kwargs = {**{k: v for k, v in (optional or {}).items() if k in taken or open_ended}, **args}
+        inspect.signature(function).bind(*first, **kwargs)
+    except TypeError as error:
+        given = ", ".join([*(type(value).__name__ for value in first), *(f"{k}=" for k in kwargs)])
+        raise ConfigError(f"{key}: {name} cannot be called as {name.partition(':')[2]}({given}): {error}") from None
+    except ValueError:
+        pass  # No signature to check (a builtin): the call itself will tell.
+    try:
+        return function(*first, **kwargs)
+    except MetaHPOError:
+        raise
+    except (Exception, SystemExit) as error:
+        raise ConfigError(f"{key}: {name} failed: {brief(error)}") from error
+
+
+def _import(name: str, key: str) -> Callable[..., Any]:
+    module_name, _, attribute = name.partition(":")
+    if (here := str(Path.cwd())) not in sys.path:
+        sys.path.insert(0, here)
+    try:
+        module = importlib.import_module(module_name)
+    except (Exception, SystemExit) as error:
+        raise ConfigError(f"{key}: cannot import {module_name!r}: {brief(error)}") from error
+    found = getattr(module, attribute, None)
+    if not callable(found):
+        raise ConfigError(f"{key}: {module_name!r} ({module.__file__}) has no function or class {attribute!r}")
+    return found
+
+
+def brief(error: BaseException) -> str:
+    """The error in one line, with the place in the user's file that raised it."""
+    # Where torch, the import system or this package raised it says less than which of the user's lines led there.
+    ours = (
+        *(str(Path(module.__file__).parent) for module in (torch, importlib)),
+        str(Path(__file__).parent),
+        "<frozen ",
+    )
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith(ours)]
+    # A syntax error names its place itself.
+    place = f" ({frames[-1].filename}:{frames[-1].lineno})" if frames and not isinstance(error, SyntaxError) else ""
+    return f"{reason(error)}{place}"
+
+
+def reason(error: BaseException) -> str:
+    """The error in one line, without the C++ frames that torch may append."""
+    text = " ".join(str(error).partition("Exception raised from")[0].split())
+    return f"{type(error).__name__}: {text[:300]}"

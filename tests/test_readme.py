@@ -1,0 +1,51 @@
+"""The README's Python runs, its config exists, and its learners train."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import torch
+
+from metahpo.learners import Phase
+from metahpo.nets import Conv4
+from metahpo.tasks import Episodes
+from metahpo.tasks.glyphs import load_glyphs
+from metahpo.training.engines import ENGINES
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+def blocks() -> list[str]:
+    return re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+
+
+def test_training_ones_own_net_and_the_learners_of_ones_own():
+    first, second, third = blocks()
+    quick = first.replace("epochs=5, iterations=50", "epochs=2, iterations=3, val_tasks=8").replace(
+        "test, 600", "test, 8"
+    )
+    assert quick != first
+    names: dict = {}
+    exec(quick, names)
+    assert names["classifier"](names["task"].query_x).shape == (25, 5)
+
+    exec(second, names)
+    exec(third, names)
+    assert names["learner"].adapted_names() == ["4.weight", "4.bias"]
+    tasks = Episodes(load_glyphs(), "train", ways=5, shots=1, queries=2).batch(range(2))
+    for learner in (names["learner"], names["Prototypes"](Conv4((1, 28, 28), 16, filters=4))):
+        phase = Phase(training=True)
+        results = [engine().meta_gradient(learner, tasks, phase) for engine in ENGINES.values()]
+        torch.testing.assert_close(results[0].grads, results[1].grads, rtol=1e-4, atol=1e-5)
+        assert results[0].loss.isfinite()
+
+
+def test_the_learner_takes_twenty_lines():
+    assert len([line for line in blocks()[1].splitlines() if line.strip()]) <= 20
+
+
+def test_every_path_that_it_names_exists():
+    for path in re.findall(r"(?:configs|scripts|notebooks)/[\w./-]+", README):
+        assert (ROOT / path.rstrip(".")).exists(), path
