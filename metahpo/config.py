@@ -281,7 +281,9 @@ def _line(error: dict[str, Any], tree: Mapping[str, Any]) -> str:
         return f"{path}: should be a section of keys, found {found!r}"
     expected = error["msg"].removeprefix("Value error, ").replace("Input should", "should")
     expected = {"path_type": "should be a path", "string_pattern_mismatch": "should be MODULE:NAME"}.get(kind, expected)
-    return f"{path}: {expected}" if repr(found) in expected else f"{path}: {expected}, found {found!r}"
+    # A validator's own words may tell what was found.
+    said = kind == "value_error" and repr(found) in expected
+    return f"{path}: {expected}" if said else f"{path}: {expected}, found {found!r}"
 
 
 def _converted(tree: Any, settings: Any, path: str = "") -> Iterator[str]:

@@ -169,7 +169,7 @@ def test_code_is_refused_and_not_run(tmp_path):
 
 @pytest.mark.parametrize("content", [[1], {"epoch": 1}, {**state(), "epoch": "1"}, {**state(), "learner": 3}])
 def test_a_file_that_is_no_checkpoint_of_ours_is_refused(tmp_path, content):
-    with pytest.raises(CheckpointError, match="is not a metahpo checkpoint: it has no '(epoch|iteration|learner)'"):
+    with pytest.raises(CheckpointError, match=r"is not a metahpo checkpoint: it has no '(epoch|iteration|learner)'"):
         load_checkpoint(forged(tmp_path, content))
 
 
