@@ -163,7 +163,7 @@ def build_trainer(config: RunConfig, run_dir: str | Path, *, resume: bool = Fals
         path, state, _ = store.latest()
         _check_settings(config.training, state["settings"], path)
         try:
-            return Trainer.resume(run_dir, learner, tasks["train"], tasks["val"])
+            return Trainer.resume(run_dir, learner, tasks["train"], tasks["val"], config.training)
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             raise CheckpointError(f"{path}: cannot go on from it: {brief(error)}") from error
     return Trainer(learner, tasks["train"], tasks["val"], config.training, run_dir)
@@ -211,8 +211,11 @@ def check_optimizer(settings: TrainingSettings, learner: MetaLearner) -> None:
 
 
 def _check_settings(settings: TrainingSettings, trained: dict[str, Any], path: Path) -> None:
-    """Raises ConfigError if config.yaml asks for other settings than the run was trained with."""
-    asked = settings.model_dump()
+    """Raises ConfigError if config.yaml asks for other settings than the run was trained with.
+
+    Device and engine may change: they give the same numbers to rounding.
+    """
+    asked = settings.model_dump(exclude={"device", "engine"})
     lines = [
         f"training.{key}: config.yaml says {asked[key]!r}, but {path.name} was trained with {trained[key]!r}; "
         "set it back, or train anew"

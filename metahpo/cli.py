@@ -16,9 +16,12 @@ from metahpo.errors import CheckpointError, ConfigError, MetaHPOError, NonFinite
 
 TRAIN = """Meta-trains the learner that CONFIG describes, tests it, and writes a report.
 
-Overrides change any key of the config: metahpo train configs/glyphs_5way_1shot/maml_pp.yaml training.epochs=20
-net.filters=64 The run directory (default: runs/CONFIG/DATE-TIME) holds config.yaml, versions.json, metrics.csv,
-checkpoints/, test.json and report/report.md. Ctrl-C or SIGTERM ends the current step, saves, and exits with 130 or 143;
+Overrides change any key of the config:
+
+  metahpo train configs/glyphs_5way_1shot/quick.yaml training.epochs=20 net.filters=64
+
+The run directory (default: runs/CONFIG/DATE-TIME) holds config.yaml, versions.json, metrics.csv, checkpoints/,
+test.json and report/report.md. Ctrl-C or SIGTERM ends the current step, saves, and exits with 130 or 143;
 --resume goes on from there, or after a crash, to the same result bit for bit."""
 
 
@@ -112,7 +115,7 @@ def _positive(text: str) -> int:
 def _train(options: argparse.Namespace) -> int:
     # Imported here, so that --help and usage errors answer at once.
     from metahpo.building import build_trainer
-    from metahpo.config import dump_config, load_config
+    from metahpo.config_file import dump_config, load_config
     from metahpo.training.checkpoint import write_atomically
 
     if options.resume:
@@ -142,7 +145,7 @@ def _train(options: argparse.Namespace) -> int:
 
 
 def _evaluate(options: argparse.Namespace) -> int:
-    from metahpo.config import load_config
+    from metahpo.config_file import load_config
 
     run_dir = _run_dir(options.run_dir)
     config = load_config(run_dir / "config.yaml")
@@ -152,7 +155,7 @@ def _evaluate(options: argparse.Namespace) -> int:
 
 def _report(options: argparse.Namespace) -> int:
     from metahpo.building import build_learner, build_tasks
-    from metahpo.config import load_config
+    from metahpo.config_file import load_config
     from metahpo.training.ensemble import load_best
 
     run_dir = _run_dir(options.run_dir)
@@ -172,12 +175,10 @@ def _test_and_report(config: Any, run_dir: Path, split: str, count: int) -> None
 def _test(config: Any, run_dir: Path, split: str, count: int):
     from metahpo.building import build_learner, build_tasks
     from metahpo.training.checkpoint import write_atomically
-    from metahpo.training.ensemble import evaluate_run, load_best
+    from metahpo.training.ensemble import evaluate_run
 
     tasks = build_tasks(config, (split,))[split]
     learner = build_learner(config, tasks.task(0))
-    # Refuses, before any work, a run without a whole epoch and a checkpoint that does not fit.
-    load_best(run_dir, learner, config.training)
     rows = evaluate_run(run_dir, learner, tasks, count, config.training)
     result = {"split": split, "tasks": count, "rows": rows}
     write_atomically(run_dir / f"{split}.json", json.dumps(result, indent=2).encode())

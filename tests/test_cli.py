@@ -19,7 +19,7 @@ from PIL import Image
 from metahpo import __version__
 from metahpo.building import build_trainer
 from metahpo.cli import main
-from metahpo.config import load_config
+from metahpo.config_file import load_config
 from metahpo.errors import NonFiniteError
 from metahpo.training.checkpoint import CheckpointStore, load_checkpoint, position
 

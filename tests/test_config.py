@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from metahpo.config import dump_config, load_config
+from metahpo.config_file import dump_config, load_config
 from metahpo.errors import ConfigError
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"

@@ -15,7 +15,8 @@ class MAMLPlusPlus(MAML):
 
     net, steps, inner_lr, loss: as in ``MAML``; the switches: see ``Improvements``. Derivative-order annealing is off by
     default, as in the authors' configurations; the paper's setting is ``first_order_epochs=50``. With every switch off
-    this is ``MAML``. The outer rate's cosine annealing is set where the training is (``TrainingSettings.min_lr``).
+    this is ``MAML``. The sixth, the outer rate's cosine annealing, is a setting of the training
+    (``TrainingSettings.min_lr``).
     """
 
     def __init__(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import torch
@@ -26,9 +27,8 @@ def evaluate_run(
     the best checkpoint.
     """
     learner.to(settings.torch_device())
-    store = CheckpointStore(Path(run_dir) / "checkpoints")
-    _, state, _ = store.latest()
-    epochs = best_epochs(state["history"], settings.keep_best)
+    store, history = _history(run_dir)
+    epochs = best_epochs(history, settings.keep_best)
     rows: dict[str, Row] = {}
     total: dict[str, torch.Tensor] = {}
     for rank, epoch in enumerate(reversed(epochs), start=1):
@@ -52,11 +52,19 @@ def _judge(learner: MetaLearner, total: dict[str, torch.Tensor], models: int, ta
 
 def load_best(run_dir: str | Path, learner: MetaLearner, settings: TrainingSettings) -> int:
     """Loads a run's best checkpoint by validation into ``learner``; returns its epoch."""
-    store = CheckpointStore(Path(run_dir) / "checkpoints")
-    _, state, _ = store.latest()
-    if not state["history"]:
-        raise CheckpointError(f"{run_dir} has no whole epoch yet")
-    epoch = best_epochs(state["history"], 1)[0]
+    store, history = _history(run_dir)
+    epoch = best_epochs(history, 1)[0]
     path = store.of_epoch(epoch)
     load_learner(learner, load_checkpoint(path)["learner"], path)
     return epoch
+
+
+def _history(run_dir: str | Path) -> tuple[CheckpointStore, list[Row]]:
+    """A run's checkpoints, and its history by the newest whole one; damaged ones are named and passed over."""
+    store = CheckpointStore(Path(run_dir) / "checkpoints")
+    path, state, damaged = store.latest()
+    for line in damaged:
+        print(f"{line}; using {path.name}", file=sys.stderr)
+    if not state["history"]:
+        raise CheckpointError(f"{run_dir} has no whole epoch yet")
+    return store, state["history"]

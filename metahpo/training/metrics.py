@@ -79,7 +79,7 @@ class CsvLog:
         try:
             with open(self.path, newline="") as file:
                 return [{name: float(value) for name, value in row.items() if value} for row in csv.DictReader(file)]
-        except (ValueError, TypeError, csv.Error) as error:
+        except (ValueError, TypeError, csv.Error) as error:  # UnicodeDecodeError is a ValueError.
             raise DataError(f"{self.path} is damaged: {error}") from None
 
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import difflib
 from typing import Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
 
 class Settings(BaseModel):
@@ -23,9 +24,7 @@ class TrainingSettings(Settings):
     optimizer: str = Field("Adam", description="any class of torch.optim")
     optimizer_args: dict[str, Any] = Field(default_factory=dict, description="its arguments other than lr")
     lr: float = Field(1e-3, gt=0, description="outer rate")
-    min_lr: float | None = Field(
-        1e-5, ge=0, description="cosine annealing by epoch from lr down to it; null: constant rate"
-    )
+    min_lr: float | None = Field(None, ge=0, description="cosine annealing by epoch from lr down to it; null: constant")
     clip_value: float | None = Field(None, gt=0, description="clamp each outer gradient entry to +- this")
     clip_norm: float | None = Field(None, gt=0, description="scale the outer gradient to at most this norm")
     val_tasks: int = Field(600, ge=1, description="fixed validation tasks after each epoch")
@@ -42,7 +41,10 @@ class TrainingSettings(Settings):
     def _known_optimizer(cls, name: str) -> str:
         found = getattr(torch.optim, name, None)
         if not (isinstance(found, type) and issubclass(found, torch.optim.Optimizer)) or found is torch.optim.Optimizer:
-            raise ValueError(f"torch.optim has no optimizer {name!r}")
+            kinds = [k for k, v in vars(torch.optim).items() if isinstance(v, type) and k != "Optimizer"]
+            near = difflib.get_close_matches(name, kinds, 1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise ValueError(f"torch.optim has no optimizer {name!r}{hint}")
         return name
 
     @field_validator("device")
@@ -56,6 +58,14 @@ class TrainingSettings(Settings):
             if kind == "cuda" and not torch.cuda.is_available():
                 raise ValueError("this machine has no CUDA device")
         return name
+
+    @field_validator("min_lr")
+    @classmethod
+    def _anneals_down(cls, rate: float | None, info: ValidationInfo) -> float | None:
+        start = info.data.get("lr")
+        if rate is not None and start is not None and rate > start:
+            raise ValueError(f"should be at most lr, {start}")
+        return rate
 
     def torch_device(self) -> torch.device:
         """The device that "auto" stands for here."""

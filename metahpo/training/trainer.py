@@ -65,13 +65,21 @@ class Trainer:
 
     @classmethod
     def resume(
-        cls, run_dir: str | Path, learner: MetaLearner, train_tasks: TaskSource, val_tasks: TaskSource
+        cls,
+        run_dir: str | Path,
+        learner: MetaLearner,
+        train_tasks: TaskSource,
+        val_tasks: TaskSource,
+        settings: TrainingSettings | None = None,
     ) -> Trainer:
-        """The run's trainer as its newest whole checkpoint left it; damaged ones are named and passed over."""
+        """The run's trainer as its newest whole checkpoint left it; damaged ones are named and passed over.
+
+        settings: the checkpoint's by default; with another device or engine the run goes on equal to rounding.
+        """
         path, state, damaged = CheckpointStore(Path(run_dir) / "checkpoints").latest()
         for line in damaged:
             print(f"{line}; going on from {path.name}", file=sys.stderr)
-        trainer = cls(learner, train_tasks, val_tasks, TrainingSettings(**state["settings"]))
+        trainer = cls(learner, train_tasks, val_tasks, settings or TrainingSettings(**state["settings"]))
         trainer.run_dir = Path(run_dir)
         trainer.store = CheckpointStore(trainer.run_dir / "checkpoints")
         trainer._load(state, path)
@@ -212,7 +220,8 @@ class Trainer:
         self._partial = SumOfMetrics(**state["partial"])
         assert self.run_dir is not None
         try:
-            logged = {row["epoch"]: row.get("seconds", 0.0) for row in CsvLog(self.run_dir / "metrics.csv").read()}
+            rows = CsvLog(self.run_dir / "metrics.csv").read()
+            logged = {row.get("epoch"): row.get("seconds", 0.0) for row in rows}
         except DataError:
             logged = {}  # Only the seconds are lost: all else is in the checkpoint, and the file is written anew.
         self._seconds = [logged.get(row["epoch"], 0.0) for row in self.history]

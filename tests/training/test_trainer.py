@@ -59,7 +59,7 @@ def test_cosine_schedule_equals_torch():
 
 
 def test_training_improves_and_logs_every_epoch(tmp_path):
-    run = trainer(tmp_path, epochs=4, iterations=25, lr=0.01)
+    run = trainer(tmp_path, epochs=4, iterations=25, lr=0.01, min_lr=1e-5)
     rows = run.fit()
     assert [row["epoch"] for row in rows] == [1, 2, 3, 4]
     assert rows[-1]["val_loss"] < 0.8 * rows[0]["val_loss_before"]
