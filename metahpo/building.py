@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +25,14 @@ from metahpo.config import (
     SinusoidSettings,
 )
 from metahpo.custom import brief, call, check_learner, check_source, reason
-from metahpo.errors import CheckpointError, ConfigError, NetError
+from metahpo.errors import CheckpointError, ConfigError, NetError, did_you_mean
 from metahpo.learners import MAML, MAMLPlusPlus, MetaLearner
 from metahpo.nets import MLP, Conv4
 from metahpo.tasks import Episodes, LabelledImages, Sinusoid, Task, TaskSource
 from metahpo.training.checkpoint import CheckpointStore
+from metahpo.training.environment import seeded
 from metahpo.training.settings import TrainingSettings
-from metahpo.training.trainer import Trainer, seeded
+from metahpo.training.trainer import Trainer
 
 SPLITS = ("train", "val", "test")
 
@@ -58,7 +59,7 @@ def build_tasks(config: RunConfig, splits: tuple[str, ...] = SPLITS) -> dict[str
     if isinstance(data, SinusoidSettings):
         return {s: Sinusoid(s, shots=data.shots, queries=queries[s], seed=seed) for s in splits}
     images, rotate = load_images(config), getattr(data, "rotate", False)
-    device = config.training.torch_device()
+    images = replace(images, images=images.images.to(settings.torch_device()))
     return {
         split: Episodes(
             images,
@@ -68,7 +69,6 @@ def build_tasks(config: RunConfig, splits: tuple[str, ...] = SPLITS) -> dict[str
             queries=queries[split],
             seed=seed,
             rotate=rotate and split == "train",
-            device=device,
         )
         for split in splits
     }
@@ -105,7 +105,10 @@ def build_learner(config: RunConfig, example: Task) -> MetaLearner:
         check_net(net, example, config.net.name)
         if isinstance(settings, CustomLearner):
             learner = call(settings.name, "learner.name", settings.args, net, optional={"loss": loss})
-            check_learner(learner, settings.name, example.to("cpu"))
+            if not isinstance(learner, MetaLearner):
+                raise ConfigError(
+                    f"learner.name: {settings.name} gave {type(learner).__name__}, expected a MetaLearner"
+                )
             return learner
         kind = MAML if isinstance(settings, MAMLSettings) else MAMLPlusPlus
         return kind(net, loss=loss, **settings.model_dump(exclude={"name"}))
@@ -152,21 +155,29 @@ def _check_outputs(net: nn.Module, x: torch.Tensor, outputs: int, name: str, wha
         raise NetError(f"net {name} gives {found} for inputs {list(x.shape)}; expected {expected} ({outputs} {what})")
 
 
-def build_trainer(config: RunConfig, run_dir: str | Path, *, resume: bool = False) -> Trainer:
-    """The trainer of a run, new or as its newest checkpoint left it."""
-    # The test tasks too: what is wrong with them should show now, not after the training.
+def build(config: RunConfig) -> tuple[dict[str, TaskSource], MetaLearner]:
+    """The tasks of each split and the learner of a run, all tried: what cannot work is refused before any work."""
     tasks = build_tasks(config)
-    learner = build_learner(config, tasks["train"].task(0))
+    example = tasks["train"].task(0)
+    learner = build_learner(config, example)
     check_optimizer(config.training, learner)
-    # A run that was killed before its first epoch was saved has nothing to resume from, and begins anew.
-    if resume and (store := CheckpointStore(Path(run_dir) / "checkpoints")).list():
-        path, state, _ = store.latest()
-        _check_settings(config.training, state["settings"], path)
-        try:
-            return Trainer.resume(run_dir, learner, tasks["train"], tasks["val"], config.training)
-        except (KeyError, TypeError, ValueError, RuntimeError) as error:
-            raise CheckpointError(f"{path}: cannot go on from it: {brief(error)}") from error
-    return Trainer(learner, tasks["train"], tasks["val"], config.training, run_dir)
+    check_learner(learner, config.learner.name, tasks["train"], config.training)
+    return tasks, learner
+
+
+def resume_trainer(config: RunConfig, run_dir: str | Path) -> Trainer:
+    """The trainer of the run in ``run_dir`` as its newest checkpoint left it."""
+    tasks, learner = build(config)
+    store = CheckpointStore(Path(run_dir) / "checkpoints")
+    if not store.list():
+        # Killed before its first epoch was saved, the run has nothing to go on from and begins anew.
+        return Trainer(learner, tasks["train"], tasks["val"], config.training, run_dir)
+    path, state, _ = store.latest()
+    _check_settings(config.training, state["settings"], path)
+    try:
+        return Trainer.resume(run_dir, learner, tasks["train"], tasks["val"], config.training)
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise CheckpointError(f"{path}: cannot go on from it: {brief(error)}") from error
 
 
 def _outputs(example: Task) -> int:
@@ -194,9 +205,7 @@ def check_optimizer(settings: TrainingSettings, learner: MetaLearner) -> None:
     known = [k for k in inspect.signature(kind).parameters if k not in ("params", "lr")]
     for key in args:
         if key not in known:
-            near = difflib.get_close_matches(key, known, 1)
-            hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
-            raise ConfigError(f"training.optimizer_args: {name} has no argument {key!r}; {hint}")
+            raise ConfigError(f"training.optimizer_args: {name} has no argument {key!r}; {did_you_mean(key, known)}")
     try:
         optimizer = kind([p.requires_grad_() for p in params], lr=settings.lr, **args)
     except Exception as error:
@@ -213,9 +222,9 @@ def check_optimizer(settings: TrainingSettings, learner: MetaLearner) -> None:
 def _check_settings(settings: TrainingSettings, trained: dict[str, Any], path: Path) -> None:
     """Raises ConfigError if config.yaml asks for other settings than the run was trained with.
 
-    Device and engine may change: they give the same numbers to rounding.
+    Device and engine may change, which give the same numbers to rounding, and the number of test tasks.
     """
-    asked = settings.model_dump(exclude={"device", "engine"})
+    asked = settings.model_dump(exclude={"device", "engine", "test_tasks"})
     lines = [
         f"training.{key}: config.yaml says {asked[key]!r}, but {path.name} was trained with {trained[key]!r}; "
         "set it back, or train anew"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import sys
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from metahpo import __version__
-from metahpo.errors import CheckpointError, ConfigError, MetaHPOError, NonFiniteError
+from metahpo.errors import CheckpointError, ConfigError, MetaHPOError, NonFiniteError, one_line
 
 TRAIN = """Meta-trains the learner that CONFIG describes, tests it, and writes a report.
 
@@ -44,6 +45,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # Whoever read the output has gone; Python would complain once more when it flushes at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":  # torch's, which is not imported yet.
+            raise
+        print(f"metahpo: {one_line(error)}; choose fewer training.tasks or engine loop", file=sys.stderr)
+        return 1
     except OSError as error:
         # A full disk, a folder that may not be read or written.
         print(f"metahpo: {f'{error.filename}: ' if error.filename else ''}{error.strerror or error}", file=sys.stderr)
@@ -75,8 +81,11 @@ def _parser() -> argparse.ArgumentParser:
     raw = argparse.RawDescriptionHelpFormatter
 
     train = commands.add_parser("train", help="meta-train, test and report", description=TRAIN, formatter_class=raw)
-    train.add_argument("config", nargs="?", metavar="CONFIG", help="a YAML file; the project's own are under configs/")
+    train.add_argument(
+        "config", nargs="?", metavar="CONFIG", help="a YAML file; the repository has some under configs/"
+    )
     train.add_argument("overrides", nargs="*", metavar="KEY.SUB=VALUE", help="settings that replace the config's")
+    train.add_argument("--keys", action="store_true", help="print every key of a config, with its default and meaning")
     train.add_argument("--resume", metavar="RUN_DIR", help="go on with a run that was stopped")
     train.add_argument(
         "--until-epoch",
@@ -89,11 +98,12 @@ def _parser() -> argparse.ArgumentParser:
     evaluate = commands.add_parser(
         "evaluate",
         help="test a run's best checkpoint and its ensemble",
-        description="Tests the best checkpoint by validation, and the best ones together, on fixed tasks of a split.",
+        description="Tests the best checkpoint by validation, and the best ones together, on fixed tasks of a split. "
+        "The figures go to RUN_DIR/SPLIT.json.",
     )
     evaluate.add_argument("run_dir", metavar="RUN_DIR")
     evaluate.add_argument("--split", default="test", choices=["train", "val", "test"])
-    evaluate.add_argument("--tasks", type=_positive, help="how many tasks (default: the config's training.test_tasks)")
+    evaluate.add_argument("--tasks", type=_several, help="how many tasks (default: the config's training.test_tasks)")
     evaluate.set_defaults(run=_evaluate)
 
     report = commands.add_parser(
@@ -107,23 +117,35 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"should be a whole number of at least 1, found {text!r}")
+    return _at_least(1, text)
+
+
+def _several(text: str) -> int:
+    return _at_least(2, text)
+
+
+def _at_least(least: int, text: str) -> int:
+    if not text.isdecimal() or int(text) < least:
+        raise argparse.ArgumentTypeError(f"should be a whole number of at least {least}, found {text!r}")
     return int(text)
 
 
 def _train(options: argparse.Namespace) -> int:
     # Imported here, so that --help and usage errors answer at once.
-    from metahpo.building import build_trainer
-    from metahpo.config_file import dump_config, load_config
+    from metahpo.building import build, resume_trainer
+    from metahpo.config_file import describe_keys, dump_config, load_config
+    from metahpo.training import Trainer
     from metahpo.training.checkpoint import write_atomically
 
+    if options.keys:
+        print(describe_keys())
+        return 0
     if options.resume:
         if given := [options.config, *options.overrides] if options.config else options.overrides:
             raise ConfigError(f"--resume takes the run's own config; found {' '.join(given)!r} as well")
         run_dir = _run_dir(options.resume)
         config = load_config(run_dir / "config.yaml")
-        trainer = build_trainer(config, run_dir, resume=True)
+        trainer = resume_trainer(config, run_dir)
         if trainer.epoch < config.training.epochs:
             print(f"resuming {run_dir} at epoch {trainer.epoch + 1}, iteration {trainer.iteration + 1}")
         else:
@@ -132,10 +154,12 @@ def _train(options: argparse.Namespace) -> int:
         if not options.config:
             raise ConfigError("a CONFIG is needed, or --resume RUN_DIR; see metahpo train --help")
         config = load_config(options.config, options.overrides)
+        if config.run_dir:
+            _check_new(config.run_dir)
+        tasks, learner = build(config)
         run_dir = config.run_dir or _new_run_dir(Path(options.config))
-        _check_new(run_dir)
-        trainer = build_trainer(config, run_dir)
         run_dir.mkdir(parents=True, exist_ok=True)
+        trainer = Trainer(learner, tasks["train"], tasks["val"], config.training, run_dir)
         write_atomically(run_dir / "config.yaml", dump_config(config).encode())
         count = sum(p.numel() for p in trainer.learner.outer_params().values())
         print(f"{options.config}: {count:,} meta-parameters on {trainer.device}, run directory {run_dir}")
@@ -162,7 +186,7 @@ def _report(options: argparse.Namespace) -> int:
     config = load_config(run_dir / "config.yaml")
     tasks = build_tasks(config, ("test",))["test"]
     learner = build_learner(config, tasks.task(0))
-    load_best(run_dir, learner, config.training)
+    load_best(run_dir, learner)
     _write_report(run_dir, learner, tasks.task(0))
     return 0
 
@@ -215,12 +239,16 @@ def _run_dir(name: str) -> Path:
 
 
 def _new_run_dir(config: Path) -> Path:
+    """Makes runs/CONFIG/DATE-TIME, or with a number after it where another run was as fast."""
     base = Path("runs") / config.parent.name / config.stem / time.strftime("%Y-%m-%d-%H%M%S")
-    number, path = 1, base
-    while path.exists():
-        number += 1
-        path = base.with_name(f"{base.name}-{number}")
-    return path
+    for number in itertools.count(1):
+        path = base if number == 1 else base.with_name(f"{base.name}-{number}")
+        try:
+            path.mkdir(parents=True)
+        except FileExistsError:
+            continue
+        return path
+    raise AssertionError("unreachable")
 
 
 def _epoch_line(row: dict[str, float], epochs: int) -> str:

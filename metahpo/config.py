@@ -87,6 +87,7 @@ class MAMLSettings(Settings):
     name: Literal["maml"]
     steps: int = Field(5, ge=1)
     inner_lr: float = Field(0.1, gt=0)
+    learn_lr: bool = Field(False, description="learn that one rate")
     first_order: bool = False
     adapt_norms: bool = Field(False, description="adapt batch-norm scales and shifts in the inner loop too")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import json
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,7 +14,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from metahpo.config import NAME_KEY, UNIONS, RunConfig
-from metahpo.errors import ConfigError
+from metahpo.errors import ConfigError, did_you_mean, one_line
 from metahpo.training.settings import TrainingSettings
 
 
@@ -64,6 +65,27 @@ def dump_config(config: RunConfig) -> str:
     return yaml.dump(config.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False)
 
 
+def describe_keys() -> str:
+    """Every key of a config with its default and meaning, a line each."""
+    lines: list[str] = []
+    for section, kinds in UNIONS.items():
+        for kind, model in kinds.items():
+            lines.append(f"{section}: {NAME_KEY[section]} {'MODULE:NAME' if kind == 'custom' else kind}")
+            lines += _fields(section, model)
+    return "\n".join(
+        [*lines, "training:", *_fields("training", TrainingSettings), "run_dir: null: runs/CONFIG/DATE-TIME"]
+    )
+
+
+def _fields(section: str, model: type[BaseModel]) -> Iterator[str]:
+    for name, field in model.model_fields.items():
+        if name == NAME_KEY.get(section):
+            continue
+        value = field.get_default(call_default_factory=True)
+        default = "required" if field.is_required() else json.dumps(value, default=str)
+        yield f"  {section}.{name:22} {default:16} {field.description or ''}".rstrip()
+
+
 def _override(tree: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     if not equals or not key:
@@ -91,7 +113,7 @@ def _parse(text: str) -> Any:
     try:
         return yaml.load(text, _Loader)
     except (yaml.YAMLError, ValueError) as error:
-        raise ValueError(" ".join(str(error).split())) from None
+        raise ValueError(one_line(error)) from None
     except RecursionError:
         raise ValueError("it is nested too deep") from None
 
@@ -110,9 +132,7 @@ def _line(error: dict[str, Any], tree: Mapping[str, Any]) -> str:
     kind = error["type"]
     if kind == "extra_forbidden":
         known = list((model or RunConfig).model_fields)
-        near = difflib.get_close_matches(str(loc[-1]), known, 1)
-        hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
-        return f"unknown key {path!r}; {hint}"
+        return f"unknown key {path!r}; {did_you_mean(str(loc[-1]), known)}"
     if kind == "missing":
         return f"key {path!r} is missing"
     if kind in ("union_tag_invalid", "union_tag_not_found"):

@@ -12,26 +12,29 @@ from typing import Any
 
 import torch
 
-from metahpo.errors import ConfigError, DataError, MetaHPOError
+from metahpo.errors import ConfigError, DataError, MetaHPOError, one_line
 from metahpo.learners import MetaLearner, Phase
 from metahpo.tasks import Task, TaskSource
+from metahpo.training.engines import ENGINES
+from metahpo.training.environment import seeded
+from metahpo.training.settings import TrainingSettings
 
 
-def check_learner(learner: Any, name: str, example: Task) -> None:
-    """Raises ConfigError unless the user's learner gives a loss, and metrics, for a task."""
-    if not isinstance(learner, MetaLearner):
-        raise ConfigError(f"learner.name: {name} gave {type(learner).__name__}, expected a MetaLearner")
+def check_learner(learner: MetaLearner, name: str, source: TaskSource, settings: TrainingSettings) -> None:
+    """Raises NetError or ConfigError unless the learner trains and evaluates on a task, as the settings say."""
+    device, engine = settings.torch_device(), ENGINES[settings.engine]()
+    learner.to(device)
     try:
-        loss, _ = learner.meta_loss(example, learner.training_phase(0))
-        with torch.no_grad():
-            learner.evaluate(example, Phase())
-    except MetaHPOError:
+        with seeded(settings.seed, device=device):
+            batch = source.batch([0]).to(device)
+            losses = engine.meta_gradient(learner, batch, learner.training_phase(0)).losses
+            engine.evaluate(learner, batch, Phase())
+    except (MetaHPOError, torch.OutOfMemoryError):
         raise
     except Exception as error:
         raise ConfigError(f"learner.name: {name} fails on a task: {brief(error)}") from error
-    if not isinstance(loss, torch.Tensor) or loss.shape != ():
-        found = list(loss.shape) if isinstance(loss, torch.Tensor) else type(loss).__name__
-        raise ConfigError(f"learner.name: {name} gives the loss {found} for a task, expected a scalar tensor")
+    if losses.shape != (1,):
+        raise ConfigError(f"learner.name: {name} gives the loss {list(losses.shape[1:])} for a task, expected a scalar")
 
 
 def check_source(source: Any, where: str, count: int) -> None:
@@ -119,6 +122,5 @@ def brief(error: BaseException) -> str:
 
 
 def reason(error: BaseException) -> str:
-    """The error in one line, without the C++ frames that torch may append."""
-    text = " ".join(str(error).partition("Exception raised from")[0].split())
-    return f"{type(error).__name__}: {text[:300]}"
+    """The error's kind and what it says, in one line."""
+    return f"{type(error).__name__}: {one_line(error)}"

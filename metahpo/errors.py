@@ -1,5 +1,10 @@
 """The errors that metahpo raises on purpose: a message is one line that names what was found and what was expected."""
 
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
 
 class MetaHPOError(Exception):
     """Base of every error raised on purpose; the command line prints its message alone and exits with 2."""
@@ -23,3 +28,15 @@ class CheckpointError(MetaHPOError):
 
 class NonFiniteError(MetaHPOError):
     """A loss or gradient that became NaN or infinite; the message names the iteration and the task."""
+
+
+def one_line(error: object, length: int = 300) -> str:
+    """What an error (or anything) says, in one line, without the C++ frames that torch may append."""
+    return " ".join(str(error).partition("Exception raised from")[0].split())[:length]
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """A hint for a misspelt name: the nearest known one, or all of them."""
+    known = list(known)
+    near = difflib.get_close_matches(name, known, 1)
+    return f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"

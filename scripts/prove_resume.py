@@ -55,7 +55,7 @@ def main() -> int:
     )
     if options.json:
         options.json.write_text(json.dumps({"rows": rows, "same": same}, indent=2))
-    return 0 if same and lost <= 1 and len(rows) == kills else 1
+    return 0 if same and lost <= 1 and len(rows) == kills and (saving or options.quick) else 1
 
 
 def start(run_dir: Path, epochs: int) -> subprocess.Popen[bytes]:

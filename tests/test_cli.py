@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -14,13 +15,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 from PIL import Image
 
 from metahpo import __version__
-from metahpo.building import build_trainer
+from metahpo.building import build
 from metahpo.cli import main
 from metahpo.config_file import load_config
 from metahpo.errors import NonFiniteError
+from metahpo.training import Trainer
 from metahpo.training.checkpoint import CheckpointStore, load_checkpoint, position
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -262,7 +265,10 @@ def test_a_signal_saves_and_resuming_ends_in_the_same_checkpoint(here, signum, c
             break
     _, err = child.communicate(timeout=60)
     assert child.returncode == code
-    assert err == f"metahpo: stopped by {name}\n"
+    assert err.splitlines()[-2:] == [
+        "stopping after this step; once more stops at once, without saving",
+        f"metahpo: stopped by {name}",
+    ]
     assert position(CheckpointStore(here / "stopped" / "checkpoints").list()[-1]) < (6, 0)
     assert main(["train", "--resume", "stopped"]) == 0
     assert main(["train", "sines.yaml", *overrides, "run_dir=whole"]) == 0
@@ -345,7 +351,9 @@ def test_a_rate_too_high_diverges_with_exit_code_1(here, capsys):
 
 
 def test_divergence_leaves_the_parameters_as_they_were(here):
-    trainer = build_trainer(load_config("glyphs.yaml", ["learner.inner_lr=1e30"]), here / "out")
+    config = load_config("glyphs.yaml", ["learner.inner_lr=1e30"])
+    tasks, learner = build(config)
+    trainer = Trainer(learner, tasks["train"], tasks["val"], config.training, here / "out")
     before = {name: p.detach().clone() for name, p in trainer.learner.outer_params().items()}
     with pytest.raises(NonFiniteError):
         trainer.fit()
@@ -373,8 +381,8 @@ def test_every_wrong_setting_is_told_at_once(here, capsys):
         (["train", "--resume", "."], ". is not a run directory: it has no config.yaml"),
         (["evaluate", "none"], "none is not a run directory"),
         (["report", "sines.yaml"], "sines.yaml is not a run directory"),
-        (["evaluate", "out", "--tasks", "0"], "argument --tasks: should be a whole number of at least 1, found '0'"),
-        (["evaluate", "out", "--tasks", "x"], "argument --tasks: should be a whole number of at least 1, found 'x'"),
+        (["evaluate", "out", "--tasks", "0"], "argument --tasks: should be a whole number of at least 2, found '0'"),
+        (["evaluate", "out", "--tasks", "x"], "argument --tasks: should be a whole number of at least 2, found 'x'"),
         (["train", "sines.yaml", "--until-epoch", "1.5"], "argument --until-epoch: should be a whole number"),
         (["train", "sines.yaml", "--epochs", "3"], "unrecognized arguments: --epochs"),
         (["evaluate", "out", "--split", "tset"], "argument --split: invalid choice: 'tset'"),
@@ -404,7 +412,7 @@ def test_wrong_arguments_are_told_in_one_line(here, capsys, arguments, expected)
         ),
         ("training.optimizer=SparseAdam", "training.optimizer: SparseAdam cannot train this learner: RuntimeError"),
         ("training.optimizer=LBFGS", "training.optimizer: LBFGS cannot train this learner: TypeError"),
-        ("training.device=meta", "training.device: 'meta' cannot be used here"),
+        ("training.device=meta", "training.device: should be auto, cpu or cuda, found 'meta'"),
         ("data.ways=1000", "split 'train' has 888 classes, fewer than the 1000 ways of a task"),
         ("data.shots=30", "class 'LATIN/0041' of split 'train' has 20 images; a task needs 32 (30 shots + 2 queries)"),
         ("data=sinusoid", "net conv4 takes images [C, H, W]; the data gives [1]; choose mlp"),
@@ -569,3 +577,35 @@ def test_a_program_that_is_called_wrongly_exits_with_2(here):
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == "metahpo: cannot read config none.yaml: No such file or directory\n"
+
+
+@pytest.mark.parametrize("config", ["glyphs_5way_1shot/quick", "glyphs_20way_1shot/quick", "sinusoid_10shot/maml"])
+def test_the_small_configs_run(here, config):
+    small = "training.epochs=1 training.iterations=1 training.tasks=2 training.val_tasks=2 training.test_tasks=2"
+    assert main(["train", str(ROOT / "configs" / f"{config}.yaml"), *small.split(), "run_dir=small"]) == 0
+    assert (here / "small" / "report" / "report.md").exists()
+
+
+def test_keys_lists_every_key_of_the_configs(capsys):
+    assert main(["train", "--keys"]) == 0
+    listed = set(re.findall(r"^  ([\w.]+)", capsys.readouterr().out, re.MULTILINE))
+    for path in (ROOT / "configs").rglob("*.yaml"):
+        tree = yaml.safe_load(path.read_text())
+        keys = {f"{section}.{key}" for section, values in tree.items() for key in values}
+        assert keys - {"data.source", "net.name", "learner.name"} <= listed, path
+
+
+def test_a_net_that_checkpoints_is_refused_before_any_work(here, capsys):
+    (here / "deep.py").write_text(
+        "from torch import nn\n"
+        "from torch.utils.checkpoint import checkpoint\n"
+        "class Deep(nn.Module):\n"
+        "    def __init__(self, out_features):\n"
+        "        super().__init__()\n"
+        "        self.layer = nn.Sequential(nn.Flatten(), nn.Linear(784, out_features))\n"
+        "    def forward(self, x):\n"
+        "        return checkpoint(self.layer, x, use_reentrant=False)\n"
+    )
+    err = refused(capsys, "train", "glyphs.yaml", "net=deep:Deep")
+    assert "Deep checkpoints activations inside" in err
+    assert not (here / "out").exists()

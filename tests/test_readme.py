@@ -40,6 +40,11 @@ def test_training_ones_own_net_and_the_learners_of_ones_own():
         results = [engine().meta_gradient(learner.double(), tasks, Phase(training=True)) for engine in ENGINES.values()]
         torch.testing.assert_close(results[0].grads, results[1].grads, rtol=1e-10, atol=1e-10)
         assert results[0].loss.isfinite()
+        assert results[0].metrics["buffers"], "running statistics are handed out"
+        learner.update_buffers(results[0].metrics["buffers"])
+        first, again = (learner.outputs(tasks.select(0), Phase()) for _ in range(2))
+        torch.testing.assert_close(first, again, rtol=0, atol=0)
+        assert not torch.allclose(first["after"], first["inductive"])
 
 
 def test_the_learner_takes_twenty_lines():

@@ -11,6 +11,8 @@ import copy
 import torch
 from torch import Tensor, nn
 
+from metahpo.errors import NetError
+
 _CONVERTED = {nn.BatchNorm1d: (2, 3), nn.BatchNorm2d: (4,), nn.BatchNorm3d: (5,)}
 
 
@@ -48,7 +50,11 @@ class PerStepBatchNorm(nn.Module):
 
     @classmethod
     def from_batch_norm(cls, norm: nn.modules.batchnorm._BatchNorm, statistics_rows: int, affine_rows: int):
-        """The same normalisation with every row a copy of ``norm``'s scale, shift and running statistics."""
+        """The same normalisation with every row a copy of ``norm``'s scale, shift and running statistics.
+
+        A layer without running statistics gets them; one that averages them over all batches (momentum None) gets
+        torch's usual momentum of 0.1 instead.
+        """
         new = cls(
             norm.num_features,
             statistics_rows=statistics_rows,
@@ -68,13 +74,13 @@ class PerStepBatchNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if x.dim() not in self.dims:
-            raise ValueError(f"batch norm expects {' or '.join(f'{d}D' for d in self.dims)} input, got {x.dim()}D")
+            raise NetError(f"batch norm expects {' or '.join(f'{d}D' for d in self.dims)} input, got {x.dim()}D")
         scale, shift = (None if rows is None else self._row(rows) for rows in (self.weight, self.bias))
         mean, var = self._row(self.running_mean), self._row(self.running_var)
         if self.inductive:
             return torch.batch_norm(x, scale, shift, mean, var, False, 0.0, self.eps, False)
         if x.numel() <= x.shape[1]:
-            raise ValueError(
+            raise NetError(
                 f"batch norm needs more than one value a channel to take batch statistics, got input {tuple(x.shape)}"
             )
         out, batch_mean, batch_rstd = torch.native_batch_norm(x, scale, shift, None, None, True, 0.0, self.eps)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 
 import torch
 import torch.utils.checkpoint
@@ -39,6 +39,13 @@ class FunctionalModule(nn.Module):
         self.net = convert_batch_norm(net, statistics_rows=statistics_rows, affine_rows=affine_rows)
         self._norms = [m for m in self.net.modules() if isinstance(m, PerStepBatchNorm)]
         self._probed: set[bool] = set()
+        own = {
+            f"{name}.{kind}"
+            for name, m in self.net.named_modules()
+            if m in self._norms
+            for kind, _ in m.named_buffers()
+        }
+        self._foreign_buffers = [name for name, _ in self.net.named_buffers() if name.removeprefix(".") not in own]
         aliases: dict[int, str] = {}
         self._alias = {
             name: aliases.setdefault(id(p), name) for name, p in self.net.named_parameters(remove_duplicate=False)
@@ -87,12 +94,15 @@ class FunctionalModule(nn.Module):
             self.net.train(training)
         for norm in self._norms:
             norm.step, norm.inductive = step, inductive
-        probe = contextlib.nullcontext()
-        if training not in self._probed and not torch.compiler.is_compiling():
-            probe = refuse_checkpointing(self.net)
-        with probe, twice_differentiable(self.net):
+        if training:
+            # Those of layers that may write in place (spectral norm, tracking instance norm); ours never does.
+            state |= {name: buffers[name].clone() for name in self._foreign_buffers if name in buffers}
+        # There is one profile hook: where a profiler has it, or a compiler is at work, a later call looks.
+        watch = training not in self._probed and sys.getprofile() is None and not torch.compiler.is_compiling()
+        with refuse_checkpointing(self.net) if watch else nullcontext(), twice_differentiable(self.net):
             output = functional_call(self.net, state, inputs)
-        self._probed.add(training)
+        if watch:
+            self._probed.add(training)
         # functional_call writes buffers that the net replaced back into the dict it was given.
         return output, {name: state[name] for name in buffers}
 
@@ -111,7 +121,7 @@ class FunctionalModule(nn.Module):
         return resolved
 
 
-@contextlib.contextmanager
+@contextmanager
 def refuse_checkpointing(net: nn.Module) -> Iterator[None]:
     """Raises NetError when the code inside calls ``torch.utils.checkpoint``.
 
@@ -130,10 +140,6 @@ def refuse_checkpointing(net: nn.Module) -> Iterator[None]:
         if event == "call" and frame.f_code.co_filename == checkpoint_file and frame.f_code.co_name == "checkpoint":
             seen = True
 
-    if sys.getprofile() is not None:
-        # A profiler is at work, and there is one hook: leave it to the profiler.
-        yield
-        return
     sys.setprofile(watch)
     try:
         yield

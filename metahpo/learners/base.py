@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from metahpo.functional import Params
+from metahpo.functional import FunctionalModule, Params
 from metahpo.learners.phase import Phase
 from metahpo.tasks.task import Task
 
@@ -65,9 +65,10 @@ class MetaLearner(nn.Module):
 
     def meta_loss(self, task: Task, phase: Phase) -> tuple[Tensor, Metrics]:
         """The outer loss of one task, and metrics: scalars by name, and under "buffers" new buffers by name."""
-        outputs = self.predict(self.adapt(task.support_x, task.support_y, phase), task.query_x)
-        loss = self.loss(outputs, task.query_y)
-        return loss, self.measure(outputs, task.query_y)
+        adapted = self.adapt(task.support_x, task.support_y, phase)
+        outputs = self.predict(adapted, task.query_x)
+        metrics = {**self.measure(outputs, task.query_y), "buffers": self.changed(adapted.buffers)}
+        return self.loss(outputs, task.query_y), metrics
 
     def outputs(self, task: Task, phase: Phase) -> dict[str, Tensor]:
         """The outputs [N, ...] for a task's query set, by kind.
@@ -97,8 +98,8 @@ class MetaLearner(nn.Module):
 
     @property
     def batch_dependent(self) -> bool:
-        """Whether a prediction depends on the other inputs of its batch."""
-        return False
+        """Whether a prediction depends on the other inputs of its batch; by default, whether a net has batch norm."""
+        return any(isinstance(m, FunctionalModule) and m.batch_dependent for m in self.modules())
 
     # What the trainer and the engines use.
 
@@ -115,6 +116,12 @@ class MetaLearner(nn.Module):
     def outer_params(self) -> Params:
         """The parameters that the outer loop learns, by dotted name."""
         return {name: p for name, p in self.named_parameters() if p.requires_grad}
+
+    def changed(self, buffers: Params) -> Params:
+        """Those buffers of ``self.module`` (a FunctionalModule) that a call replaced, by their names in the learner."""
+        own = self.module.buffers_by_name() if buffers else {}
+        floats = {name: b for name, b in buffers.items() if b is not own[name] and b.is_floating_point()}
+        return {f"module.net.{name}": b.detach() for name, b in floats.items()}
 
     @torch.no_grad()
     def update_buffers(self, buffers: Params) -> None:

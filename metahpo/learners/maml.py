@@ -21,10 +21,10 @@ class MAML(MetaLearner):
     """Learns initial weights from which a few gradient steps fit a new task (Finn et al. 2017, algorithm 2).
 
     net: any module, [N, ...] in, [N, outputs] out; it is copied. steps: inner updates, in training and evaluation.
-    inner_lr: their (initial) rate. loss: inner and outer loss. first_order: FOMAML, inner gradients are constants.
-    improvements: those of MAML++, all off by default. adapt_norms: whether batch-norm scales and shifts are adapted
-    with the rest; by default the outer loop alone learns them, as in MAML++. rule: an update rule of your own in place
-    of gradient descent at inner_lr.
+    inner_lr: their (initial) rate. learn_lr: whether the outer loop learns that one rate. loss: inner and outer loss.
+    first_order: FOMAML, inner gradients are constants. improvements: those of MAML++, all off by default. adapt_norms:
+    whether batch-norm scales and shifts are adapted with the rest; by default the outer loop alone learns them, as in
+    MAML++. rule: an update rule of your own in place of gradient descent at inner_lr.
 
     A subclass that adapts other parameters (ANIL, BOIL) overrides ``adapted_names``; every improvement still applies.
     """
@@ -36,6 +36,7 @@ class MAML(MetaLearner):
         steps: int = 5,
         inner_lr: float = 0.1,
         loss: Loss = F.cross_entropy,
+        learn_lr: bool = False,
         first_order: bool = False,
         improvements: Improvements = Improvements(),
         adapt_norms: bool = False,
@@ -59,17 +60,17 @@ class MAML(MetaLearner):
         if rule is not None and improvements.layer_step_rates:
             raise NetError("layer_step_rates is itself an update rule; give either it or rule")
         if rule is None:
-            rule = LayerStepRates(names, steps, inner_lr) if improvements.layer_step_rates else SGD(inner_lr)
+            rule = (
+                LayerStepRates(names, steps, inner_lr)
+                if improvements.layer_step_rates
+                else SGD(inner_lr, learnable=learn_lr)
+            )
         self.rule = rule
 
     def adapted_names(self) -> list[str]:
         """The parameters of the net that the inner loop adapts."""
         skipped = set() if self.adapt_norms else self.module.norm_names()
         return [name for name in self.module.params() if name not in skipped]
-
-    @property
-    def batch_dependent(self) -> bool:
-        return self.module.batch_dependent
 
     def training_phase(self, epoch: int) -> Phase:
         return self.improvements.training_phase(epoch, self.steps)
@@ -109,12 +110,13 @@ class MAML(MetaLearner):
         loss = losses[0]
         if phase.step_weights is not None:
             loss = (torch.stack(losses) * phase.step_weights.to(loss)).sum()
-        return loss, {**self.measure(outputs, task.query_y), "buffers": self._changed(buffers)}
+        return loss, {**self.measure(outputs, task.query_y), "buffers": self.changed(buffers)}
 
     def outputs(self, task: Task, phase: Phase) -> dict[str, Tensor]:
         """As the base class, with "before": the query set under the initial weights."""
         return {**super().outputs(task, phase), "before": self.predict(self.initial(phase), task.query_x)}
 
+    @torch.no_grad()
     def fitted(self, support_x: Tensor, support_y: Tensor, *, inductive: bool = True) -> nn.Module:
         """A copy of the net fitted to one support set: a plain module in evaluation mode, to keep and use by itself.
 
@@ -123,7 +125,7 @@ class MAML(MetaLearner):
         """
         adapted = self.adapt(support_x, support_y, Phase())
         net = copy.deepcopy(self.module.net)
-        net.load_state_dict({name: p.detach() for name, p in adapted.params.items()}, strict=False)
+        net.load_state_dict(adapted.params, strict=False)
         for norm in net.modules():
             if isinstance(norm, PerStepBatchNorm):
                 norm.step, norm.inductive = self.steps - 1, inductive
@@ -134,7 +136,3 @@ class MAML(MetaLearner):
     ) -> tuple[Tensor, Params]:
         phase = adapted.phase
         return self.module.apply_with(params, buffers, x, step=step, training=phase.training, inductive=phase.inductive)
-
-    def _changed(self, buffers: Params) -> Params:
-        own = self.module.buffers_by_name()
-        return {f"module.net.{name}": b.detach() for name, b in buffers.items() if b is not own[name]}

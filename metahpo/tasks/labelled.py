@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from metahpo.errors import DataError
+
 
 @dataclass(frozen=True)
 class LabelledImages:
@@ -20,3 +22,12 @@ class LabelledImages:
     labels: Tensor
     class_names: tuple[str, ...]
     splits: Mapping[str, tuple[int, ...]]
+
+    def __post_init__(self) -> None:
+        """Raises DataError if a class is in two splits, where test images would leak into training, or twice in one."""
+        where: dict[int, str] = {}
+        for split, classes in self.splits.items():
+            for c in classes:
+                if c in where:
+                    raise DataError(f"class {self.class_names[c]!r} is in split {where[c]!r} and again in {split!r}")
+                where[c] = split

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import zipfile
 import zlib
 from collections.abc import Iterable, Sequence
@@ -137,7 +138,8 @@ def _download_missing(root: Path) -> None:
         from torchvision.datasets import Omniglot
     except ImportError as error:
         raise DataError(
-            "downloading Omniglot needs torchvision, which is not installed: pip install torchvision"
+            "downloading Omniglot needs torchvision, which is not installed: "
+            f"{sys.executable} -m pip install torchvision"
         ) from error
     for part in missing:
         try:

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from metahpo.errors import CheckpointError
+from metahpo.errors import CheckpointError, one_line
 
 State = dict[str, Any]
 # epoch-0003.<checksum>.pt holds the state after 3 epochs; epoch-0003-step-00017 that after 17 more iterations.
@@ -125,7 +125,7 @@ def load_checkpoint(path: str | Path) -> State:
             f"checkpoint {path} holds code or objects other than tensors and plain values; refused"
         ) from None
     except Exception as error:
-        raise DamagedCheckpoint(f"checkpoint {path} is damaged: {' '.join(str(error).split())[:200]}") from None
+        raise DamagedCheckpoint(f"checkpoint {path} is damaged: {one_line(error)}") from None
     for name, kind in _CONTENT.items():
         if not (isinstance(state, dict) and isinstance(state.get(name), kind)):
             raise CheckpointError(f"{path} is not a metahpo checkpoint: it has no {name!r} ({kind.__name__})")
@@ -151,7 +151,7 @@ def _shape(state: Mapping[str, Any], name: str) -> tuple[int, ...] | str:
 
 def write_atomically(path: Path, data: bytes) -> None:
     """Writes a file so that after a crash it is either as before or complete."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.tmp")
     try:
         with open(temporary, "wb") as file:
             file.write(data)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -11,10 +12,10 @@ from metahpo.errors import CheckpointError
 from metahpo.functional.trees import stack_trees
 from metahpo.learners.base import MetaLearner
 from metahpo.tasks.task import TaskSource
-from metahpo.training.checkpoint import CheckpointStore, load_checkpoint, load_learner
+from metahpo.training.checkpoint import CheckpointStore, DamagedCheckpoint, State, load_checkpoint, load_learner
+from metahpo.training.evaluation import evaluate
 from metahpo.training.metrics import Row, best_epochs, summarise
 from metahpo.training.settings import TrainingSettings
-from metahpo.training.trainer import evaluate
 
 
 def evaluate_run(
@@ -27,19 +28,48 @@ def evaluate_run(
     the best checkpoint.
     """
     learner.to(settings.torch_device())
-    store, history = _history(run_dir)
-    epochs = best_epochs(history, settings.keep_best)
-    rows: dict[str, Row] = {}
+    best = best_states(run_dir, settings.keep_best)
     total: dict[str, torch.Tensor] = {}
-    for rank, epoch in enumerate(reversed(epochs), start=1):
-        path = store.of_epoch(epoch)
-        load_learner(learner, load_checkpoint(path)["learner"], path)
-        metrics, outputs = evaluate(learner, tasks, count, settings, f"testing {rank}/{len(epochs)}")
+    # The best one last, so that the learner is left as it.
+    for rank, (path, state) in enumerate(reversed(best), start=1):
+        load_learner(learner, state["learner"], path)
+        metrics, outputs = evaluate(learner, tasks, count, settings, f"testing {rank}/{len(best)}")
         total = {kind: total[kind] + value if total else value for kind, value in outputs.items()}
-    rows["best"] = {"epoch": epochs[0], **summarise(metrics)}
-    if len(epochs) > 1:
-        rows[f"ensemble of {len(epochs)}"] = summarise(_judge(learner, total, len(epochs), tasks, count))
+    rows: dict[str, Row] = {"best": {"epoch": best[0][1]["epoch"], **summarise(metrics)}}
+    if len(best) > 1:
+        rows[f"ensemble of {len(best)}"] = summarise(_judge(learner, total, len(best), tasks, count))
     return rows
+
+
+def load_best(run_dir: str | Path, learner: MetaLearner) -> int:
+    """Loads a run's best checkpoint by validation into ``learner``; returns its epoch."""
+    [(path, state)] = best_states(run_dir, 1)
+    load_learner(learner, state["learner"], path)
+    return state["epoch"]
+
+
+def best_states(run_dir: str | Path, count: int) -> list[tuple[Path, State]]:
+    """The ``count`` best epochs' checkpoints by validation, best first; damaged ones are named and passed over."""
+    store = CheckpointStore(Path(run_dir) / "checkpoints")
+    newest, state, damaged = store.latest()
+    for line in damaged:
+        print(f"{line}; going on from {newest.name}", file=sys.stderr)
+    history = state["history"]
+    if not history:
+        raise CheckpointError(f"{run_dir} has no whole epoch yet")
+    whole = dict(_whole(store, best_epochs(history, count)))
+    if not whole:
+        raise CheckpointError(f"{run_dir}: the checkpoints of its best epochs are all gone or damaged")
+    return list(whole.items())
+
+
+def _whole(store: CheckpointStore, epochs: list[int]) -> Iterator[tuple[Path, State]]:
+    for epoch in epochs:
+        try:
+            path = store.of_epoch(epoch)
+            yield path, load_checkpoint(path)
+        except DamagedCheckpoint as error:
+            print(f"{error}; left out", file=sys.stderr)
 
 
 def _judge(learner: MetaLearner, total: dict[str, torch.Tensor], models: int, tasks: TaskSource, count: int):
@@ -48,23 +78,3 @@ def _judge(learner: MetaLearner, total: dict[str, torch.Tensor], models: int, ta
         means = {kind: value[index] / models for kind, value in total.items()}
         rows.append(learner.judge(means, tasks.task(index).query_y.cpu()))
     return stack_trees(rows)
-
-
-def load_best(run_dir: str | Path, learner: MetaLearner, settings: TrainingSettings) -> int:
-    """Loads a run's best checkpoint by validation into ``learner``; returns its epoch."""
-    store, history = _history(run_dir)
-    epoch = best_epochs(history, 1)[0]
-    path = store.of_epoch(epoch)
-    load_learner(learner, load_checkpoint(path)["learner"], path)
-    return epoch
-
-
-def _history(run_dir: str | Path) -> tuple[CheckpointStore, list[Row]]:
-    """A run's checkpoints, and its history by the newest whole one; damaged ones are named and passed over."""
-    store = CheckpointStore(Path(run_dir) / "checkpoints")
-    path, state, damaged = store.latest()
-    for line in damaged:
-        print(f"{line}; using {path.name}", file=sys.stderr)
-    if not state["history"]:
-        raise CheckpointError(f"{run_dir} has no whole epoch yet")
-    return store, state["history"]

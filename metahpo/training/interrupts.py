@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import sys
 import threading
 
 
@@ -27,7 +28,9 @@ class Interrupts:
     def __enter__(self) -> Interrupts:
         if threading.current_thread() is threading.main_thread():
             for signum in (signal.SIGINT, signal.SIGTERM):
-                self._previous[signum] = signal.signal(signum, self._note)
+                # One that is ignored (a background job's Ctrl-C) stays so; None is a handler that is not Python's.
+                if signal.getsignal(signum) not in (signal.SIG_IGN, None):
+                    self._previous[signum] = signal.signal(signum, self._note)
         return self
 
     def __exit__(self, *exc: object) -> None:
@@ -36,6 +39,7 @@ class Interrupts:
     def _note(self, signum: int, frame: object) -> None:
         self.signum = signum
         self._restore()
+        print("\nstopping after this step; once more stops at once, without saving", file=sys.stderr, flush=True)
 
     def _restore(self) -> None:
         for signum, handler in self._previous.items():

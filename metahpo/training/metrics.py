@@ -30,7 +30,8 @@ def summarise(metrics: Mapping[str, Tensor]) -> Row:
 
 def score(row: Mapping[str, float]) -> float:
     """What validation ranks epochs by: accuracy where there is one, else minus the loss."""
-    return row["val_accuracy"] if "val_accuracy" in row else -row["val_loss"]
+    value = row["val_accuracy"] if "val_accuracy" in row else -row["val_loss"]
+    return -math.inf if math.isnan(value) else value
 
 
 def best_epochs(history: Sequence[Mapping[str, float]], count: int) -> list[int]:

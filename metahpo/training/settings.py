@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 from typing import Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+
+from metahpo.errors import did_you_mean
 
 
 class Settings(BaseModel):
@@ -27,8 +28,8 @@ class TrainingSettings(Settings):
     min_lr: float | None = Field(None, ge=0, description="cosine annealing by epoch from lr down to it; null: constant")
     clip_value: float | None = Field(None, gt=0, description="clamp each outer gradient entry to +- this")
     clip_norm: float | None = Field(None, gt=0, description="scale the outer gradient to at most this norm")
-    val_tasks: int = Field(600, ge=1, description="fixed validation tasks after each epoch")
-    test_tasks: int = Field(600, ge=1, description="fixed test tasks at the end")
+    val_tasks: int = Field(600, ge=2, description="fixed validation tasks after each epoch")
+    test_tasks: int = Field(600, ge=2, description="fixed test tasks at the end")
     keep_best: int = Field(
         5, ge=1, description="checkpoints kept by validation score, and the size of the test ensemble"
     )
@@ -42,9 +43,7 @@ class TrainingSettings(Settings):
         found = getattr(torch.optim, name, None)
         if not (isinstance(found, type) and issubclass(found, torch.optim.Optimizer)) or found is torch.optim.Optimizer:
             kinds = [k for k, v in vars(torch.optim).items() if isinstance(v, type) and k != "Optimizer"]
-            near = difflib.get_close_matches(name, kinds, 1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise ValueError(f"torch.optim has no optimizer {name!r}{hint}")
+            raise ValueError(f"torch.optim has no optimizer {name!r}; {did_you_mean(name, kinds)}")
         return name
 
     @field_validator("device")
@@ -55,6 +54,8 @@ class TrainingSettings(Settings):
                 kind = torch.device(name).type
             except RuntimeError:
                 raise ValueError(f"{name!r} is not a torch device") from None
+            if kind not in ("cpu", "cuda"):
+                raise ValueError("should be auto, cpu or cuda")
             if kind == "cuda" and not torch.cuda.is_available():
                 raise ValueError("this machine has no CUDA device")
         return name

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import platform
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
-from torch import Tensor
-from tqdm import tqdm
 
 from metahpo.errors import CheckpointError, DataError, NonFiniteError
 from metahpo.learners.base import MetaLearner
@@ -21,6 +17,8 @@ from metahpo.learners.phase import Phase
 from metahpo.tasks.task import TaskSource
 from metahpo.training.checkpoint import CheckpointStore, State, load_learner, write_atomically
 from metahpo.training.engines import ENGINES, MetaGradient
+from metahpo.training.environment import progress, seeded, versions
+from metahpo.training.evaluation import evaluate
 from metahpo.training.interrupts import Interrupted, Interrupts
 from metahpo.training.metrics import CsvLog, Row, SumOfMetrics, best_epochs, summarise
 from metahpo.training.schedules import cosine
@@ -33,7 +31,8 @@ class Trainer:
     learner: moved to the settings' device. run_dir: where checkpoints, metrics.csv and versions go; None keeps nothing.
     After each epoch the learner is validated on the first ``val_tasks`` tasks of ``val_tasks`` and saved. Iteration i
     of epoch e sees the tasks numbered from (e * iterations + i) * tasks on, and draws its randomness (dropout) from
-    (seed, e, i): a run that was interrupted and resumed is bit for bit the run that was not.
+    (seed, e, i): a run that was interrupted and resumed is bit for bit the run that was not (on the CPU, with the same
+    torch and number of threads).
 
     Raises NonFiniteError, before the update, when a loss or gradient is NaN or infinite.
     """
@@ -99,6 +98,8 @@ class Trainer:
                 row = self._run_epoch(interrupts)
                 if on_epoch:
                     on_epoch(row)
+            if interrupts.signum is not None:  # It came after the last step; all is saved.
+                raise Interrupted(interrupts.signum)
         return self.history
 
     def evaluate(self, tasks: TaskSource, count: int) -> Row:
@@ -117,8 +118,7 @@ class Trainer:
             group["lr"] = rate
         phase = self.learner.training_phase(self.epoch)
         if phase.step_weights is not None:
-            weights = phase.step_weights.to(self.device)
-            phase = Phase(phase.training, phase.first_order, weights, phase.inductive)
+            phase = replace(phase, step_weights=phase.step_weights.to(self.device))
         with progress(f"epoch {self.epoch + 1}/{settings.epochs}", settings.iterations, self.iteration) as bar:
             while self.iteration < settings.iterations:
                 loss = self._step(phase)
@@ -161,8 +161,9 @@ class Trainer:
         return range(first, first + self.settings.tasks)
 
     def _refuse_non_finite(self, result: MetaGradient, numbers: range) -> None:
-        norm = torch.nn.utils.get_total_norm(list(result.grads.values()))
-        if bool(torch.isfinite(norm) & torch.isfinite(result.losses).all()):
+        # The largest entry of each gradient: infinite or NaN if any entry is, and it cannot overflow as a sum might.
+        largest = torch.stack(torch._foreach_norm(list(result.grads.values()), float("inf")))
+        if bool(torch.isfinite(largest).all() & torch.isfinite(result.losses).all()):
             return
         bad = [number for number, loss in zip(numbers, result.losses.tolist()) if not abs(loss) < float("inf")]
         what = (
@@ -211,7 +212,9 @@ class Trainer:
             "partial": {"count": self._partial.count, "sums": self._partial.sums()},
             "settings": self.settings.model_dump(),
         }
-        self.store.save(state, self.epoch, self.iteration, best_epochs(self.history, self.settings.keep_best))
+        # Those of the epoch before too: should this checkpoint be damaged, they are the best again.
+        keep = [best_epochs(rows, self.settings.keep_best) for rows in (self.history, self.history[:-1])]
+        self.store.save(state, self.epoch, self.iteration, {*keep[0], *keep[1]})
 
     def _load(self, state: State, path: Path) -> None:
         load_learner(self.learner, state["learner"], path)
@@ -225,68 +228,3 @@ class Trainer:
         except DataError:
             logged = {}  # Only the seconds are lost: all else is in the checkpoint, and the file is written anew.
         self._seconds = [logged.get(row["epoch"], 0.0) for row in self.history]
-
-
-def evaluate(
-    learner: MetaLearner,
-    tasks: TaskSource,
-    count: int,
-    settings: TrainingSettings,
-    title: str = "evaluating",
-    each: Callable[[], None] = lambda: None,
-) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Runs the first ``count`` tasks: metrics by name, [count], and query outputs by kind, [count, N, ...], both on the
-    CPU.
-
-    each: called after every batch of tasks.
-    """
-    engine, device, size = ENGINES[settings.engine](), settings.torch_device(), settings.tasks
-    metrics: list[dict[str, Tensor]] = []
-    outputs: list[dict[str, Tensor]] = []
-    with progress(title, count) as bar:
-        for first in range(0, count, size):
-            numbers = range(first, min(first + size, count))
-            batch = tasks.batch(numbers).to(device, non_blocking=True)
-            found, answers = engine.evaluate(learner, batch, Phase())
-            metrics.append(found)
-            outputs.append(answers)
-            bar.update(len(numbers))
-            each()
-    return _joined(metrics), _joined(outputs)
-
-
-def _joined(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    return {name: torch.cat([part[name] for part in parts]).cpu() for name in parts[0]}
-
-
-@contextmanager
-def seeded(*numbers: int, device: torch.device | None = None) -> Iterator[None]:
-    """Inside it torch's generators are seeded from ``numbers``; outside they are as they were."""
-    digest = hashlib.sha256(",".join(map(str, numbers)).encode()).digest()
-    devices = [device] if device is not None and device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices):
-        torch.manual_seed(int.from_bytes(digest[:7], "big"))
-        yield
-
-
-def progress(title: str, total: int, initial: int = 0) -> tqdm:
-    """A progress bar on a terminal, nothing elsewhere."""
-    return tqdm(
-        desc=title, total=total, initial=initial, leave=False, disable=not sys.stderr.isatty(), dynamic_ncols=True
-    )
-
-
-def versions(device: torch.device) -> dict[str, str]:
-    """What a run's numbers may depend on beside its config."""
-    from metahpo import __version__
-
-    accelerator = torch.cuda.get_device_name(device) if device.type == "cuda" else "none"
-    return {
-        "metahpo": __version__,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "platform": platform.platform(),
-        "device": str(device),
-        "accelerator": accelerator,
-        "threads": str(torch.get_num_threads()),
-    }

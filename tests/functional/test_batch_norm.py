@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from metahpo.errors import NetError
 from metahpo.functional import FunctionalModule, PerStepBatchNorm, convert_batch_norm
 
 CASES = [
@@ -102,5 +103,5 @@ def test_inductive_predictions_do_not_depend_on_the_batch():
 
 
 def test_one_value_a_channel_is_refused():
-    with pytest.raises(ValueError, match="more than one value a channel"):
+    with pytest.raises(NetError, match="more than one value a channel"):
         convert_batch_norm(nn.BatchNorm1d(2))(torch.randn(1, 2))

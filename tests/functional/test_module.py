@@ -51,9 +51,25 @@ def test_takes_a_net_whose_checkpointing_is_switched_off():
     assert module(module.params(), torch.randn(4, 3)).shape == (4, 3)
 
 
-def test_runs_under_a_profiler():
-    module = FunctionalModule(nn.Linear(3, 2))
-    assert cProfile.Profile().runcall(module, module.params(), torch.randn(4, 3)).shape == (4, 2)
+def test_under_a_profiler_it_runs_and_looks_for_checkpointing_at_a_later_call():
+    x = torch.randn(4, 3)
+    module = FunctionalModule(Checkpointed(False))
+    assert cProfile.Profile().runcall(module, module.params(), x).shape == (4, 3)
+    with pytest.raises(NetError, match="checkpoints activations"):
+        module(module.params(), x)
+
+
+@pytest.mark.parametrize(
+    "net",
+    [nn.InstanceNorm1d(3, track_running_stats=True), nn.utils.spectral_norm(nn.Linear(4, 4))],
+    ids=["norm", "spectral"],
+)
+def test_buffers_that_a_net_writes_in_place_are_handed_out_instead(net):
+    module = FunctionalModule(net)
+    before = {name: b.clone() for name, b in module.buffers_by_name().items()}
+    _, after = module.apply_with(module.params(), module.buffers_by_name(), torch.randn(5, 3, 4))
+    assert all(torch.equal(b, before[name]) for name, b in module.buffers_by_name().items())
+    assert any(not torch.equal(after[name], before[name]) for name in before)
 
 
 def test_refuses_lazy_modules():

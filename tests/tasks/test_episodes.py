@@ -134,3 +134,28 @@ def test_sinusoids_are_sines_of_the_promised_range():
     assert phase.min() > -1e-4
     assert phase.max() < torch.pi + 1e-4
     assert torch.equal(source.task(4).support_y, batch.support_y[4])
+
+
+def test_pictures_of_any_mode_become_grey_or_rgb_and_odd_data_is_refused():
+    def first(image) -> torch.Tensor:
+        return Episodes.from_dataset([(image, 0)] * 2, {"train": [0]}, "train", ways=1, shots=1, queries=1).task(0)[0]
+
+    assert first(Image.new("RGBA", (5, 6))).shape == (1, 3, 6, 5)
+    assert first(Image.new("1", (5, 6))).shape == (1, 1, 6, 5)
+    with pytest.raises(
+        DataError, match=r"item 0 of the dataset is torch.uint8 \[4, 4\]; expected a PIL image or uint8"
+    ):
+        first(torch.zeros(4, 4, dtype=torch.uint8))
+    uneven = [(Image.new("L", (4, 4)), 0), (Image.new("L", (5, 4)), 0)]
+    with pytest.raises(DataError, match=r"item 1 of the dataset is \[1, 4, 5\], item 0 \[1, 4, 4\]"):
+        Episodes.from_dataset(uneven, {"train": [0]}, "train", ways=1, shots=1, queries=1)
+    with pytest.raises(DataError, match="empty"):
+        Episodes.from_dataset([], {"train": [0]}, "train", ways=1, shots=1, queries=1)
+
+
+@pytest.mark.parametrize("splits", [{"train": (0, 1), "test": (1, 2)}, {"train": (0, 1, 1)}])
+def test_a_class_in_two_splits_is_refused(splits):
+    with pytest.raises(DataError, match="class 'class1' is in split 'train' and again"):
+        LabelledImages(
+            torch.zeros(3, 1, 2, 2, dtype=torch.uint8), torch.arange(3), ("class0", "class1", "class2"), splits
+        )

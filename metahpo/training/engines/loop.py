@@ -18,6 +18,7 @@ class Loop:
     name = "loop"
 
     def meta_gradient(self, learner: MetaLearner, tasks: Task, phase: Phase) -> MetaGradient:
+        learner.train(phase.training)
         params = learner.outer_params()
         count = tasks.query_x.shape[0]
         total: list[Tensor] | None = None
@@ -33,6 +34,7 @@ class Loop:
 
     @torch.no_grad()
     def evaluate(self, learner: MetaLearner, tasks: Task, phase: Phase) -> tuple[Metrics, Params]:
+        learner.train(phase.training)
         results = [learner.evaluate(tasks.select(index), phase) for index in range(tasks.query_x.shape[0])]
         return stack_trees([metrics for metrics, _ in results]), stack_trees([outputs for _, outputs in results])
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.func import functional_call, grad, vmap
 
-from metahpo.errors import NetError
+from metahpo.errors import NetError, one_line
 from metahpo.functional.trees import Params, map_tree
 from metahpo.learners.base import MetaLearner, Metrics
 from metahpo.learners.phase import Phase
@@ -20,6 +20,8 @@ class VMap:
     name = "vmap"
 
     def meta_gradient(self, learner: MetaLearner, tasks: Task, phase: Phase) -> MetaGradient:
+        learner.train(phase.training)
+
         # The gradient is taken inside vmap, task by task, and not by autograd through it: with torch 2.15 that is
         # silently wrong for layer, instance and batch norms whose scales differ from task to task.
         def loss_of(params: Params, *task: Tensor) -> tuple[Tensor, tuple[Tensor, Metrics]]:
@@ -36,6 +38,7 @@ class VMap:
 
     @torch.no_grad()
     def evaluate(self, learner: MetaLearner, tasks: Task, phase: Phase) -> tuple[Metrics, Params]:
+        learner.train(phase.training)
         return _vmapped(lambda *task: learner.evaluate(Task(*task), phase), learner, 0, *tasks)
 
 
@@ -49,7 +52,5 @@ def _vmapped(function, learner: MetaLearner, in_dims, *arguments):
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:
-        reason = " ".join(str(error).split())[:300]
-        raise NetError(
-            f"engine vmap cannot run this {type(learner).__name__} ({reason}); choose engine loop"
-        ) from error
+        name = type(learner).__name__
+        raise NetError(f"engine vmap cannot run this {name} ({one_line(error)}); choose engine loop") from error

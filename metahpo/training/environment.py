@@ -1,0 +1,47 @@
+"""What a run takes from, and leaves to, the process around it: random generators, the terminal, versions."""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from tqdm import tqdm
+
+from metahpo import __version__
+
+
+@contextmanager
+def seeded(*numbers: int, device: torch.device | None = None) -> Iterator[None]:
+    """Inside it torch's generators (CPU's and ``device``'s) are seeded from ``numbers``; outside they are as before."""
+    digest = hashlib.sha256(",".join(map(str, numbers)).encode()).digest()
+    seed = int.from_bytes(digest[:7], "big")
+    devices = [device] if device is not None and device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        torch.random.default_generator.manual_seed(seed)
+        for cuda in devices:
+            with torch.cuda.device(cuda):
+                torch.cuda.manual_seed(seed)
+        yield
+
+
+def progress(title: str, total: int, initial: int = 0) -> tqdm:
+    """A progress bar on a terminal, nothing elsewhere."""
+    hidden = not sys.stderr.isatty()
+    return tqdm(desc=title, total=total, initial=initial, leave=False, disable=hidden, dynamic_ncols=True)
+
+
+def versions(device: torch.device) -> dict[str, str]:
+    """What a run's numbers may depend on beside its config."""
+    return {
+        "metahpo": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "platform": platform.platform(),
+        "device": str(device),
+        "accelerator": torch.cuda.get_device_name(device) if device.type == "cuda" else "none",
+        "threads": str(torch.get_num_threads()),
+    }
