@@ -17,10 +17,12 @@ CustomName = Annotated[str, Field(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")]
 class EpisodeSettings(Settings):
     """N-way K-shot tasks."""
 
-    ways: int = Field(5, ge=2)
-    shots: int = Field(1, ge=1)
-    queries: int = Field(15, ge=1, description="query images a class in training")
-    eval_queries: int | None = Field(None, ge=1, description="the same in validation and test; null: as in training")
+    ways: int = Field(default=5, ge=2)
+    shots: int = Field(default=1, ge=1)
+    queries: int = Field(default=15, ge=1, description="query images a class in training")
+    eval_queries: int | None = Field(
+        default=None, ge=1, description="the same in validation and test; null: as in training"
+    )
 
 
 class GlyphsSettings(EpisodeSettings):
@@ -34,9 +36,11 @@ class OmniglotSettings(EpisodeSettings):
 
     source: Literal["omniglot"]
     root: Path = Path("data/omniglot")
-    download: bool = Field(False, description="fetch it by torchvision if it is not there")
+    download: bool = Field(default=False, description="fetch it by torchvision if it is not there")
     split: Literal["shuffled", "alphabet"] = "shuffled"
-    rotate: bool = Field(True, description="in training turn each class of a task by a random multiple of 90 degrees")
+    rotate: bool = Field(
+        default=True, description="in training turn each class of a task by a random multiple of 90 degrees"
+    )
 
 
 class FolderSettings(EpisodeSettings):
@@ -44,7 +48,7 @@ class FolderSettings(EpisodeSettings):
 
     source: Literal["folder"]
     root: Path
-    size: int = Field(84, ge=1, description="height and width in pixels")
+    size: int = Field(default=84, ge=1, description="height and width in pixels")
     channels: Literal[1, 3] = 3
     rotate: bool = False
 
@@ -53,9 +57,9 @@ class SinusoidSettings(Settings):
     """Sine waves (Finn et al. 2017)."""
 
     source: Literal["sinusoid"]
-    shots: int = Field(10, ge=1)
-    queries: int = Field(10, ge=1)
-    eval_queries: int | None = Field(100, ge=1)
+    shots: int = Field(default=10, ge=1)
+    queries: int = Field(default=10, ge=1)
+    eval_queries: int | None = Field(default=100, ge=1)
 
 
 class CustomTasks(Settings):
@@ -67,8 +71,8 @@ class CustomTasks(Settings):
 
 class Conv4Settings(Settings):
     name: Literal["conv4"]
-    filters: int = Field(64, ge=1)
-    slope: float = Field(0.01, ge=0, description="of the leaky ReLU; 0: ReLU")
+    filters: int = Field(default=64, ge=1)
+    slope: float = Field(default=0.01, ge=0, description="of the leaky ReLU; 0: ReLU")
 
 
 class MLPSettings(Settings):
@@ -85,19 +89,19 @@ class CustomNet(Settings):
 
 class MAMLSettings(Settings):
     name: Literal["maml"]
-    steps: int = Field(5, ge=1)
-    inner_lr: float = Field(0.1, gt=0)
-    learn_lr: bool = Field(False, description="learn that one rate")
+    steps: int = Field(default=5, ge=1)
+    inner_lr: float = Field(default=0.1, gt=0)
+    learn_lr: bool = Field(default=False, description="learn that one rate")
     first_order: bool = False
-    adapt_norms: bool = Field(False, description="adapt batch-norm scales and shifts in the inner loop too")
+    adapt_norms: bool = Field(default=False, description="adapt batch-norm scales and shifts in the inner loop too")
 
 
 class MAMLPlusPlusSettings(Settings):
     name: Literal["maml_pp"]
-    steps: int = Field(5, ge=1)
-    inner_lr: float = Field(0.1, gt=0, description="initial rate")
-    multi_step_epochs: int = Field(10, ge=0, description="annealing of the multi-step loss; 0: off")
-    first_order_epochs: int = Field(0, ge=0, description="first-order epochs before second-order ones; 0: off")
+    steps: int = Field(default=5, ge=1)
+    inner_lr: float = Field(default=0.1, gt=0, description="initial rate")
+    multi_step_epochs: int = Field(default=10, ge=0, description="annealing of the multi-step loss; 0: off")
+    first_order_epochs: int = Field(default=0, ge=0, description="first-order epochs before second-order ones; 0: off")
     per_step_statistics: bool = True
     per_step_affine: bool = True
     layer_step_rates: bool = True
@@ -158,7 +162,7 @@ class RunConfig(Settings):
     net: Net
     learner: Learner
     training: TrainingSettings = TrainingSettings()
-    run_dir: Path | None = Field(None, description="null: runs/CONFIG/DATE-TIME")
+    run_dir: Path | None = Field(default=None, description="null: runs/CONFIG/DATE-TIME")
 
     @field_validator("training", mode="before")
     @classmethod

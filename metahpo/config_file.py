@@ -50,12 +50,13 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
 
 def validate(tree: Mapping[str, Any], where: str) -> RunConfig:
     """The tree as a config; ``where`` begins the error's message."""
+    config = None
     try:
         config = RunConfig.model_validate(tree)
         lines = list(_converted(tree, config.model_dump()))
     except ValidationError as error:
         lines = [_line(dict(e), tree) for e in error.errors()]
-    if lines:
+    if config is None or lines:
         raise ConfigError("\n".join(f"{where}: {line}" for line in lines))
     return config
 
@@ -139,7 +140,7 @@ def _line(error: dict[str, Any], tree: Mapping[str, Any]) -> str:
         return _tag_line(path, tree.get(path))
     if kind in ("model_type", "model_attributes_type", "dict_type"):
         return f"{path}: should be a section of keys, found {found!r}"
-    expected = error["msg"].removeprefix("Value error, ").replace("Input should", "should")
+    expected: str = error["msg"].removeprefix("Value error, ").replace("Input should", "should")
     expected = {"path_type": "should be a path", "string_pattern_mismatch": "should be MODULE:NAME"}.get(kind, expected)
     # A validator's own words may tell what was found.
     said = kind == "value_error" and repr(found) in expected

@@ -111,7 +111,7 @@ def brief(error: BaseException) -> str:
     """The error in one line, with the place in the user's file that raised it."""
     # Where torch, the import system or this package raised it says less than which of the user's lines led there.
     ours = (
-        *(str(Path(module.__file__).parent) for module in (torch, importlib)),
+        *(str(Path(file).parent) for file in (torch.__file__, importlib.__file__)),
         str(Path(__file__).parent),
         "<frozen ",
     )

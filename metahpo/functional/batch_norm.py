@@ -10,6 +10,7 @@ import copy
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from metahpo.errors import NetError
 
@@ -49,7 +50,7 @@ class PerStepBatchNorm(nn.Module):
         self.step, self.inductive = 0, False
 
     @classmethod
-    def from_batch_norm(cls, norm: nn.modules.batchnorm._BatchNorm, statistics_rows: int, affine_rows: int):
+    def from_batch_norm(cls, norm: _BatchNorm, statistics_rows: int, affine_rows: int):
         """The same normalisation with every row a copy of ``norm``'s scale, shift and running statistics.
 
         A layer without running statistics gets them; one that averages them over all batches (momentum None) gets
@@ -114,11 +115,11 @@ def convert_batch_norm(net: nn.Module, *, statistics_rows: int = 1, affine_rows:
     converted: dict[nn.Module, nn.Module] = {}
     for parent in list(net.modules()):
         for name, child in list(parent._modules.items()):
-            if type(child) in _CONVERTED:
+            if isinstance(child, _BatchNorm) and type(child) in _CONVERTED:
                 if child not in converted:
                     converted[child] = PerStepBatchNorm.from_batch_norm(child, statistics_rows, affine_rows)
                 parent._modules[name] = converted[child]
-    if type(net) in _CONVERTED:
+    if isinstance(net, _BatchNorm) and type(net) in _CONVERTED:
         return PerStepBatchNorm.from_batch_norm(net, statistics_rows, affine_rows)
     return net
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -119,7 +119,7 @@ class MetaLearner(nn.Module):
 
     def changed(self, buffers: Params) -> Params:
         """Those buffers of ``self.module`` (a FunctionalModule) that a call replaced, by their names in the learner."""
-        own = self.module.buffers_by_name() if buffers else {}
+        own = cast(FunctionalModule, self.module).buffers_by_name() if buffers else {}
         floats = {name: b for name, b in buffers.items() if b is not own[name] and b.is_floating_point()}
         return {f"module.net.{name}": b.detach() for name, b in floats.items()}
 

@@ -102,15 +102,16 @@ class MAML(MetaLearner):
 
     def meta_loss(self, task: Task, phase: Phase) -> tuple[Tensor, Metrics]:
         adapted = self.adapt(task.support_x, task.support_y, phase)
-        buffers, losses = adapted.buffers, []
+        buffers, outputs, losses = adapted.buffers, [], []
         judged = range(self.steps) if phase.step_weights is not None else [self.steps - 1]
         for step in judged:
-            outputs, buffers = self._predict(adapted, adapted.steps[step], buffers, task.query_x, step)
-            losses.append(self.loss(outputs, task.query_y))
+            output, buffers = self._predict(adapted, adapted.steps[step], buffers, task.query_x, step)
+            outputs.append(output)
+            losses.append(self.loss(output, task.query_y))
         loss = losses[0]
         if phase.step_weights is not None:
             loss = (torch.stack(losses) * phase.step_weights.to(loss)).sum()
-        return loss, {**self.measure(outputs, task.query_y), "buffers": self.changed(buffers)}
+        return loss, {**self.measure(outputs[-1], task.query_y), "buffers": self.changed(buffers)}
 
     def outputs(self, task: Task, phase: Phase) -> dict[str, Tensor]:
         """As the base class, with "before": the query set under the initial weights."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -13,7 +14,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
 
 from metahpo.training.metrics import best_epochs
 
-STYLES = {
+STYLES: dict[str, dict[str, Any]] = {
     "train": {"color": "0.35"},
     "val": {"color": "tab:blue"},
     "val, transductive": {"color": "tab:blue"},

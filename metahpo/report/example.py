@@ -138,7 +138,10 @@ def _curve_example(learner: MetaLearner, task: Task) -> CurveExample:
     return CurveExample(
         _numbers(x),
         {kind: _numbers(curves[kind]) for kind in kinds},
-        *(_numbers(t) for t in task),
+        _numbers(task.support_x),
+        _numbers(task.support_y),
+        _numbers(task.query_x),
+        _numbers(task.query_y),
         {kind: (answers[kind].flatten() - targets).square().mean().item() for kind in kinds},
     )
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -35,7 +37,9 @@ class Rates:
 def inner_rates(learner: MetaLearner) -> Rates | None:
     """The rates of the learner's update rule, those by tensor and step or its one scalar; None where it has neither."""
     rule = getattr(learner, "rule", None)
-    by_name = getattr(rule, "by_name", None)
+    if rule is None:
+        return None
+    by_name: Callable[[], dict[str, Any]] | None = getattr(rule, "by_name", None)
     rows = by_name() if callable(by_name) else {"all": getattr(rule, "lr", None)}
     values = [_row(value) for value in rows.values()]
     found = [row for row in values if row is not None]

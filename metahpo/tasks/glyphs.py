@@ -17,7 +17,8 @@ def load_glyphs() -> LabelledImages:
 
     images: uint8 [M, 1, 28, 28], ink 255 on 0, sorted by class; names are SCRIPT/CODEPOINT, such as "GREEK/03B1".
     Semi-synthetic: DejaVu and STIX drawings (see the licences beside the file), randomly warped and thresholded by
-    `scripts/build_glyphs.py`. No script is in two splits; look-alikes of one character were merged over all of them.
+    `scripts/build_glyphs.py`. No script is in two splits; of characters that look alike, in whatever splits, only the
+    first is in.
     """
     source = resources.files("metahpo.tasks") / "data" / "glyphs.npz"
     with source.open("rb") as file, np.load(file, allow_pickle=False) as stored:

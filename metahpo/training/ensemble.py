@@ -29,6 +29,7 @@ def evaluate_run(
     """
     learner.to(settings.torch_device())
     best = best_states(run_dir, settings.keep_best)
+    metrics: dict[str, torch.Tensor] = {}
     total: dict[str, torch.Tensor] = {}
     # The best one last, so that the learner is left as it.
     for rank, (path, state) in enumerate(reversed(best), start=1):

@@ -19,23 +19,25 @@ class Settings(BaseModel):
 class TrainingSettings(Settings):
     """How the outer loop runs. An epoch is ``iterations`` updates, each from the mean gradient over ``tasks`` tasks."""
 
-    epochs: int = Field(100, ge=1)
-    iterations: int = Field(500, ge=1, description="outer updates an epoch")
-    tasks: int = Field(8, ge=1, description="tasks a batch")
-    optimizer: str = Field("Adam", description="any class of torch.optim")
+    epochs: int = Field(default=100, ge=1)
+    iterations: int = Field(default=500, ge=1, description="outer updates an epoch")
+    tasks: int = Field(default=8, ge=1, description="tasks a batch")
+    optimizer: str = Field(default="Adam", description="any class of torch.optim")
     optimizer_args: dict[str, Any] = Field(default_factory=dict, description="its arguments other than lr")
-    lr: float = Field(1e-3, gt=0, description="outer rate")
-    min_lr: float | None = Field(None, ge=0, description="cosine annealing by epoch from lr down to it; null: constant")
-    clip_value: float | None = Field(None, gt=0, description="clamp each outer gradient entry to +- this")
-    clip_norm: float | None = Field(None, gt=0, description="scale the outer gradient to at most this norm")
-    val_tasks: int = Field(600, ge=2, description="fixed validation tasks after each epoch")
-    test_tasks: int = Field(600, ge=2, description="fixed test tasks at the end")
+    lr: float = Field(default=1e-3, gt=0, description="outer rate")
+    min_lr: float | None = Field(
+        default=None, ge=0, description="cosine annealing by epoch from lr down to it; null: constant"
+    )
+    clip_value: float | None = Field(default=None, gt=0, description="clamp each outer gradient entry to +- this")
+    clip_norm: float | None = Field(default=None, gt=0, description="scale the outer gradient to at most this norm")
+    val_tasks: int = Field(default=600, ge=2, description="fixed validation tasks after each epoch")
+    test_tasks: int = Field(default=600, ge=2, description="fixed test tasks at the end")
     keep_best: int = Field(
-        5, ge=1, description="checkpoints kept by validation score, and the size of the test ensemble"
+        default=5, ge=1, description="checkpoints kept by validation score, and the size of the test ensemble"
     )
     engine: Literal["loop", "vmap"] = "loop"
-    device: str = Field("auto", description="auto, cpu, cuda, cuda:1, ...")
-    seed: int = Field(0, ge=0)
+    device: str = Field(default="auto", description="auto, cpu, cuda, cuda:1, ...")
+    seed: int = Field(default=0, ge=0)
 
     @field_validator("optimizer")
     @classmethod

@@ -21,7 +21,7 @@ class Loop:
         learner.train(phase.training)
         params = learner.outer_params()
         count = tasks.query_x.shape[0]
-        total: list[Tensor] | None = None
+        total: list[Tensor] | tuple[Tensor, ...] | None = None
         losses, rows = [], []
         for index in range(count):
             loss, metrics = learner.meta_loss(tasks.select(index), phase)
