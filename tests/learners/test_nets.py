@@ -166,9 +166,9 @@ def test_gradient_along_a_random_direction_equals_a_difference(name):
         moved = copy.deepcopy(learner)
         with torch.no_grad():
             for n, p in moved.outer_params().items():
-                p.add_(directions[n], alpha=sign * 1e-5)
+                p.add_(directions[n], alpha=sign * 1e-6)
         values.append(Loop().meta_gradient(moved, batch, phase).loss)
-    torch.testing.assert_close((values[0] - values[1]) / 2e-5, slope, rtol=1e-6, atol=1e-8)
+    torch.testing.assert_close((values[0] - values[1]) / 2e-6, slope, rtol=1e-6, atol=1e-8)
 
 
 @pytest.mark.parametrize(
