@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from metahpo import native
 from metahpo.errors import NetError
 
 _CONVERTED = {nn.BatchNorm1d: (2, 3), nn.BatchNorm2d: (4,), nn.BatchNorm3d: (5,)}
@@ -87,6 +88,19 @@ class PerStepBatchNorm(nn.Module):
         out, batch_mean, batch_rstd = torch.native_batch_norm(x, scale, shift, None, None, True, 0.0, self.eps)
         if self.training:
             self._update(mean, var, batch_mean.detach(), batch_rstd.detach(), x.numel() // x.shape[1])
+        return out
+
+    def fusible(self, x: Tensor) -> bool:
+        """Whether ``fused`` can normalise ``x``: an image batch, by its own statistics."""
+        return not self.inductive and x.dim() == 4 and 4 in self.dims and x.numel() > x.shape[1]
+
+    def fused(self, x: Tensor, slope: float, pool: int) -> Tensor:
+        """``forward``, then a leaky ReLU of ``slope`` and max pooling by ``pool`` (1 or 2), in one C kernel."""
+        ones = x.new_ones(self.num_features) if self.weight is None else self._row(self.weight)
+        zeros = x.new_zeros(self.num_features) if self.bias is None else self._row(self.bias)
+        out, mean, rstd = native.norm_act_pool(x, ones, zeros, eps=self.eps, slope=slope, pool=pool)
+        if self.training:
+            self._update(self._row(self.running_mean), self._row(self.running_var), mean, rstd, x.numel() // x.shape[1])
         return out
 
     def _row(self, rows: Tensor) -> Tensor:

@@ -3,28 +3,69 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Iterator
 
 import torch
 from torch import nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
+
+_cuda = torch.backends.cuda
+_ATTENTION_KERNELS = (
+    (False, _cuda.flash_sdp_enabled, _cuda.enable_flash_sdp),
+    (False, _cuda.mem_efficient_sdp_enabled, _cuda.enable_mem_efficient_sdp),
+    (False, _cuda.cudnn_sdp_enabled, _cuda.enable_cudnn_sdp),
+    (True, _cuda.math_sdp_enabled, _cuda.enable_math_sdp),
+)
+_entered = threading.Lock()
+_depth = {"attention": 0, "recurrent": 0}
+_stacks: dict[str, contextlib.ExitStack] = {}
+
+
+def is_recurrent(net: nn.Module) -> bool:
+    """Whether a recurrent layer of torch's is in ``net``."""
+    return any(isinstance(module, nn.RNNBase) for module in net.modules())
 
 
 @contextlib.contextmanager
-def twice_differentiable(net: nn.Module) -> Iterator[None]:
-    """Inside it ``net`` runs on kernels that have a double backward.
+def twice_differentiable(recurrent: bool) -> Iterator[None]:
+    """Inside it nets run on kernels that have a double backward.
 
     The fused attention kernels have none, so attention runs on the plain (MATH) one; cuDNN's recurrent nets have none
-    either, so cuDNN is off while a net that holds one runs.
+    either, so cuDNN is off while a net that holds one runs (``recurrent``).
     """
-    recurrent = any(isinstance(module, nn.RNNBase) for module in net.modules())
-    fast = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
+    kinds = ["attention", "recurrent"] if recurrent else ["attention"]
+    for kind in kinds:
+        _enter(kind)
     try:
-        with (
-            sdpa_kernel(SDPBackend.MATH),
-            torch.backends.cudnn.flags(enabled=False) if recurrent else contextlib.nullcontext(),
-        ):
-            yield
+        yield
     finally:
-        torch.backends.mha.set_fastpath_enabled(fast)
+        for kind in kinds:
+            _leave(kind)
+
+
+# The choices are torch's globals: with several threads inside, the first makes them and the last takes them back.
+
+
+def _enter(kind: str) -> None:
+    with _entered:
+        _depth[kind] += 1
+        if _depth[kind] == 1:
+            stack = contextlib.ExitStack()
+            if kind == "attention":
+                fast = torch.backends.mha.get_fastpath_enabled()
+                torch.backends.mha.set_fastpath_enabled(False)
+                stack.callback(torch.backends.mha.set_fastpath_enabled, fast)
+                # Not torch.nn.attention.sdpa_kernel, which has to be left by the thread that entered it.
+                for wanted, is_on, switch in _ATTENTION_KERNELS:
+                    stack.callback(switch, is_on())
+                    switch(wanted)
+            else:
+                stack.enter_context(torch.backends.cudnn.flags(enabled=False))
+            _stacks[kind] = stack
+
+
+def _leave(kind: str) -> None:
+    with _entered:
+        _depth[kind] -= 1
+        if _depth[kind] == 0:
+            _stacks.pop(kind).close()

@@ -14,7 +14,8 @@ from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from metahpo.errors import NetError
 from metahpo.functional.batch_norm import PerStepBatchNorm, convert_batch_norm
-from metahpo.functional.kernels import twice_differentiable
+from metahpo.functional.fused import fuse
+from metahpo.functional.kernels import is_recurrent, twice_differentiable
 from metahpo.functional.trees import Params
 
 
@@ -39,6 +40,7 @@ class FunctionalModule(nn.Module):
         self.net = convert_batch_norm(net, statistics_rows=statistics_rows, affine_rows=affine_rows)
         self._norms = [m for m in self.net.modules() if isinstance(m, PerStepBatchNorm)]
         self._probed: set[bool] = set()
+        self._recurrent = is_recurrent(self.net)
         own = {
             f"{name}.{kind}"
             for name, m in self.net.named_modules()
@@ -50,6 +52,10 @@ class FunctionalModule(nn.Module):
         self._alias = {
             name: aliases.setdefault(id(p), name) for name, p in self.net.named_parameters(remove_duplicate=False)
         }
+
+    def fuse(self) -> None:
+        """Runs the net on the C kernels from now on, where they can stand in (``metahpo.functional.fused``)."""
+        self.net = fuse(self.net)
 
     @property
     def batch_dependent(self) -> bool:
@@ -99,7 +105,7 @@ class FunctionalModule(nn.Module):
             state |= {name: buffers[name].clone() for name in self._foreign_buffers if name in buffers}
         # There is one profile hook: where a profiler has it, or a compiler is at work, a later call looks.
         watch = training not in self._probed and sys.getprofile() is None and not torch.compiler.is_compiling()
-        with refuse_checkpointing(self.net) if watch else nullcontext(), twice_differentiable(self.net):
+        with refuse_checkpointing(self.net) if watch else nullcontext(), twice_differentiable(self._recurrent):
             output = functional_call(self.net, state, inputs)
         if watch:
             self._probed.add(training)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 
-class ConvBlock(nn.Module):
+class ConvBlock(nn.Sequential):
     """3x3 convolution (padding 1, bias), batch normalisation, leaky ReLU, 2x2 max pooling."""
 
     def __init__(self, in_channels: int, filters: int, slope: float, pool: bool):
@@ -15,9 +15,6 @@ class ConvBlock(nn.Module):
         self.bn = nn.BatchNorm2d(filters)
         self.activation = nn.LeakyReLU(slope) if slope else nn.ReLU()
         self.pool = nn.MaxPool2d(2) if pool else nn.Identity()
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.pool(self.activation(self.bn(self.conv(x))))
 
 
 class Conv4(nn.Module):

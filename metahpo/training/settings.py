@@ -35,7 +35,7 @@ class TrainingSettings(Settings):
     keep_best: int = Field(
         default=5, ge=1, description="checkpoints kept by validation score, and the size of the test ensemble"
     )
-    engine: Literal["loop", "vmap"] = "loop"
+    engine: Literal["loop", "threads", "vmap"] = "loop"
     device: str = Field(default="auto", description="auto, cpu, cuda, cuda:1, ...")
     seed: int = Field(default=0, ge=0)
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
 from metahpo.functional import Params
+from metahpo.functional.trees import map_tree, stack_trees
 from metahpo.learners.base import MetaLearner, Metrics
 from metahpo.learners.phase import Phase
 from metahpo.tasks.task import Task
@@ -38,3 +40,13 @@ class Engine(Protocol):
     def evaluate(self, learner: MetaLearner, tasks: Task, phase: Phase) -> tuple[Metrics, Params]:
         """Each task's metrics, [T] by name, and its query outputs, [T, N, ...] by kind (``MetaLearner.outputs``)."""
         ...
+
+
+def mean_metrics(rows: Sequence[Metrics]) -> Metrics:
+    """The means over tasks of their metrics, "buffers" included."""
+    buffers = [row.pop("buffers", {}) for row in rows]
+    return {**map_tree(_mean, stack_trees(rows)), "buffers": map_tree(_mean, stack_trees(buffers))}
+
+
+def _mean(tensor: Tensor) -> Tensor:
+    return tensor.detach().mean(0)

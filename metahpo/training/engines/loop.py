@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from metahpo.functional.trees import Params, map_tree, stack_trees
+from metahpo.functional.trees import Params, stack_trees
 from metahpo.learners.base import MetaLearner, Metrics
 from metahpo.learners.phase import Phase
 from metahpo.tasks.task import Task
-from metahpo.training.engines.base import MetaGradient
+from metahpo.training.engines.base import MetaGradient, mean_metrics
 
 
 class Loop:
@@ -30,19 +30,10 @@ class Loop:
             losses.append(loss.detach())
             rows.append(metrics)
         stacked = torch.stack(losses)
-        return MetaGradient(stacked.mean(), dict(zip(params, total or ())), _mean_rows(rows), stacked)
+        return MetaGradient(stacked.mean(), dict(zip(params, total or ())), mean_metrics(rows), stacked)
 
     @torch.no_grad()
     def evaluate(self, learner: MetaLearner, tasks: Task, phase: Phase) -> tuple[Metrics, Params]:
         learner.train(phase.training)
         results = [learner.evaluate(tasks.select(index), phase) for index in range(tasks.query_x.shape[0])]
         return stack_trees([metrics for metrics, _ in results]), stack_trees([outputs for _, outputs in results])
-
-
-def _mean_rows(rows: list[Metrics]) -> Metrics:
-    buffers = [row.pop("buffers", {}) for row in rows]
-    return {**map_tree(_mean, stack_trees(rows)), "buffers": map_tree(_mean, stack_trees(buffers))}
-
-
-def _mean(tensor: Tensor) -> Tensor:
-    return tensor.detach().mean(0)

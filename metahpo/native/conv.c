@@ -1,0 +1,191 @@
+/* Convolution with a K x K kernel (K odd), stride 1 and "same" zero padding, and its gradients, for small batches.
+ *
+ * Images are [N, H, W, C] and weights [K, K, C, O], both contiguous. Each call pads a group of images into scratch
+ * memory that fits the second-level cache and works on it with a register-blocked product: ROWS pixels by up to
+ * COLS vectors of channels are accumulated over all taps before anything is stored. */
+#include "common.h"
+
+/* y[r, :] = bias or old y + sum over taps and channels, for R pixels and NV vectors of output channels. */
+INLINE void conv_block(const int R, const int NV, const REAL *x, const int *pixel, const REAL *w, long ldw,
+                       const int *tap, int taps, int C, const REAL *bias, REAL *y, long ldy, int tail)
+{
+    vec acc[ROWS][COLS];
+    UNROLL for (int r = 0; r < R; r++)
+        UNROLL for (int v = 0; v < NV; v++) {
+            if (bias) acc[r][v] = *(const uvec *)(bias + v * LANES);
+            else memcpy(&acc[r][v], y + r * ldy + v * LANES, (v == NV - 1 ? tail : LANES) * sizeof(REAL));
+        }
+    const REAL *px[ROWS];
+    for (int t = 0; t < taps; t++) {
+        UNROLL for (int r = 0; r < R; r++) px[r] = x + tap[t] + pixel[r];
+        for (int c = 0; c < C; c++, w += ldw) {
+            vec b[COLS];
+            UNROLL for (int v = 0; v < NV; v++) b[v] = *(const uvec *)(w + v * LANES);
+            UNROLL for (int r = 0; r < R; r++) {
+                REAL s = px[r][c];
+                UNROLL for (int v = 0; v < NV; v++) acc[r][v] += s * b[v];
+            }
+        }
+    }
+    UNROLL for (int r = 0; r < R; r++)
+        UNROLL for (int v = 0; v < NV; v++) {
+            if (v == NV - 1 && tail < LANES) memcpy(y + r * ldy + v * LANES, &acc[r][v], tail * sizeof(REAL));
+            else *(uvec *)(y + r * ldy + v * LANES) = acc[r][v];
+        }
+}
+
+/* out[k, :] (+)= sum over n pixels of x[pixel + row[k]] * g[pixel, :], for R rows k = (tap, channel). */
+INLINE void weight_block(const int R, const int NV, const REAL *x, const int *row, const int *pixel, long n,
+                         const REAL *g, long ldg, REAL *out, long ldo, int tail, int first)
+{
+    vec acc[ROWS][COLS];
+    UNROLL for (int r = 0; r < R; r++) UNROLL for (int v = 0; v < NV; v++) acc[r][v] = (vec){0};
+    const REAL *xk[ROWS];
+    UNROLL for (int r = 0; r < R; r++) xk[r] = x + row[r];
+    for (long p = 0; p < n; p++, g += ldg) {
+        long o = pixel[p];
+        vec b[COLS];
+        UNROLL for (int v = 0; v < NV; v++) b[v] = *(const uvec *)(g + v * LANES);
+        UNROLL for (int r = 0; r < R; r++) {
+            REAL s = xk[r][o];
+            UNROLL for (int v = 0; v < NV; v++) acc[r][v] += s * b[v];
+        }
+    }
+    UNROLL for (int r = 0; r < R; r++)
+        UNROLL for (int v = 0; v < NV; v++) {
+            REAL *d = out + r * ldo + v * LANES;
+            vec a = acc[r][v];
+            int m = v == NV - 1 ? tail : LANES;
+            for (int i = 0; i < m; i++) d[i] = first ? a[i] : d[i] + a[i];
+        }
+}
+
+/* One instance of a block function for every number of rows and vectors. */
+#define EACH(R) \
+    case R: switch (NV) { case 1: CALL(R, 1); break; case 2: CALL(R, 2); break; case 3: CALL(R, 3); break; \
+                          default: CALL(R, 4); } break;
+#define DISPATCH switch (R) { EACH(1) EACH(2) EACH(3) EACH(4) EACH(5) EACH(6) EACH(7) }
+
+static void conv_any(int R, int NV, const REAL *x, const int *pixel, const REAL *w, long ldw, const int *tap, int taps,
+                     int C, const REAL *bias, REAL *y, long ldy, int tail)
+{
+#define CALL(r, nv) conv_block(r, nv, x, pixel, w, ldw, tap, taps, C, bias, y, ldy, tail)
+    DISPATCH
+#undef CALL
+}
+
+static void weight_any(int R, int NV, const REAL *x, const int *row, const int *pixel, long n, const REAL *g, long ldg,
+                       REAL *out, long ldo, int tail, int first)
+{
+#define CALL(r, nv) weight_block(r, nv, x, row, pixel, n, g, ldg, out, ldo, tail, first)
+    DISPATCH
+#undef CALL
+}
+
+typedef struct { long N; int H, W, C, K; } Images;
+
+static long group_size(Images s)
+{
+    long g = (256 << 10) / ((long)(s.H + s.K - 1) * (s.W + s.K - 1) * s.C * sizeof(REAL));
+    return g < 1 ? 1 : g > s.N ? s.N : g;
+}
+
+static long padded_size(Images s, long images) { return images * (s.H + s.K - 1) * (s.W + s.K - 1) * s.C; }
+
+static void pad(REAL *to, const REAL *x, long images, Images s)
+{
+    size_t edge = (size_t)(s.K / 2) * s.C, row = (size_t)s.W * s.C, line = row + 2 * edge;
+    for (long i = 0; i < images; i++)
+        for (int h = -(s.K / 2); h < s.H + s.K / 2; h++, to += line) {
+            if (h < 0 || h >= s.H) { memset(to, 0, line * sizeof(REAL)); continue; }
+            memset(to, 0, edge * sizeof(REAL));
+            memcpy(to + edge, x, row * sizeof(REAL));
+            memset(to + edge + row, 0, edge * sizeof(REAL));
+            x += row;
+        }
+}
+
+/* Where each pixel's window, and each tap within a window, begins in the padded images. */
+static void offsets(int *pixel, int *tap, long images, Images s)
+{
+    int line = s.W + s.K - 1;
+    for (long i = 0; i < images; i++)
+        for (int h = 0; h < s.H; h++)
+            for (int w = 0; w < s.W; w++) *pixel++ = (int)(((i * (s.H + s.K - 1) + h) * line + w) * s.C);
+    for (int t = 0; t < s.K * s.K; t++) tap[t] = (t / s.K * line + t % s.K) * s.C;
+}
+
+/* y[N, H, W, O] (+)= conv(x[N, H, W, C], w) + bias[O]. w is [K, K, C, O], or with `transposed` [K, K, O, C], of which
+ * the taps are taken in reverse: the gradient with respect to an input. */
+int conv(const REAL *x, const REAL *w, const REAL *bias, REAL *y, long N, int H, int W, int C, int O, int K,
+         int transposed, int accumulate)
+{
+    Images s = {N, H, W, C, K};
+    int taps = K * K, repack = transposed || O % LANES;
+    long G = group_size(s), Op = round_up(O), pixels = G * H * W;
+    Scratch room = scratch((round_up(padded_size(s, G)) + Op + (repack ? taps * C * Op : 0)) * sizeof(REAL) +
+                           (pixels + taps) * sizeof(int));
+    if (!room) return 1;
+    REAL *xp = take(&room, round_up(padded_size(s, G)) * sizeof(REAL)), *bp = take(&room, Op * sizeof(REAL));
+    if (repack) {
+        REAL *wp = take(&room, taps * C * Op * sizeof(REAL));
+        if (Op != O) memset(wp, 0, taps * C * Op * sizeof(REAL));
+        for (int t = 0; t < taps; t++) {
+            REAL *to = wp + (long)t * C * Op;
+            if (transposed) transpose(to, w + (long)(taps - 1 - t) * C * O, O, C, Op);
+            else for (int c = 0; c < C; c++) memcpy(to + c * Op, w + ((long)t * C + c) * O, O * sizeof(REAL));
+        }
+        w = wp;
+    }
+    memset(bp, 0, Op * sizeof(REAL));
+    if (bias) memcpy(bp, bias, O * sizeof(REAL));
+    int *pixel = take(&room, pixels * sizeof(int)), *tap = take(&room, taps * sizeof(int));
+    offsets(pixel, tap, G, s);
+    for (long n = 0; n < N; n += G) {
+        long images = N - n < G ? N - n : G, P = images * H * W;
+        pad(xp, x + n * H * W * C, images, s);
+        for (long p = 0; p < P; p += ROWS)
+            for (int o = 0; o < O; o += COLS * LANES) {
+                int left = O - o < COLS * LANES ? O - o : COLS * LANES, NV = (left + LANES - 1) / LANES;
+                conv_any(P - p < ROWS ? (int)(P - p) : ROWS, NV, xp, pixel + p, w + o, Op, tap, taps, C,
+                         accumulate ? 0 : bp + o, y + (n * H * W + p) * O + o, O, left - (NV - 1) * LANES);
+            }
+    }
+    return 0;
+}
+
+/* gw[K, K, C, O] = the gradient with respect to the weights, gb[O] (or null) to the bias, for g[N, H, W, O]. */
+int conv_weight(const REAL *x, const REAL *g, REAL *gw, REAL *gb, long N, int H, int W, int C, int O, int K)
+{
+    Images s = {N, H, W, C, K};
+    int taps = K * K, repack = O % LANES;
+    long G = group_size(s), Op = round_up(O), pixels = G * H * W;
+    Scratch room = scratch((round_up(padded_size(s, G)) + (repack ? pixels * Op : 0)) * sizeof(REAL) +
+                           (pixels + taps + (long)taps * C) * sizeof(int));
+    if (!room) return 1;
+    REAL *xp = take(&room, round_up(padded_size(s, G)) * sizeof(REAL));
+    REAL *gp = take(&room, (repack ? pixels * Op : 0) * sizeof(REAL));
+    int *pixel = take(&room, pixels * sizeof(int)), *tap = take(&room, taps * sizeof(int));
+    int *row = take(&room, (long)taps * C * sizeof(int));
+    offsets(pixel, tap, G, s);
+    for (int k = 0; k < taps * C; k++) row[k] = tap[k / C] + k % C;
+    /* Lanes beyond O must hold zeros: what memory happens to hold may be denormal numbers, a hundred times slower. */
+    if (repack) memset(gp, 0, pixels * Op * sizeof(REAL));
+    for (long n = 0; n < N; n += G) {
+        long images = N - n < G ? N - n : G, P = images * H * W;
+        const REAL *from = g + n * H * W * O;
+        pad(xp, x + n * H * W * C, images, s);
+        if (repack) {
+            for (long p = 0; p < P; p++) memcpy(gp + p * Op, from + p * O, O * sizeof(REAL));
+            from = gp;
+        }
+        for (int o = 0; o < O; o += COLS * LANES) {
+            int left = O - o < COLS * LANES ? O - o : COLS * LANES, NV = (left + LANES - 1) / LANES;
+            for (int k = 0; k < taps * C; k += ROWS)
+                weight_any(taps * C - k < ROWS ? taps * C - k : ROWS, NV, xp, row + k, pixel, P, from + o, Op,
+                           gw + (long)k * O + o, O, left - (NV - 1) * LANES, n == 0);
+        }
+    }
+    if (gb) channel_sums(g, gb, N * H * W, O);
+    return 0;
+}

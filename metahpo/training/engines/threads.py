@@ -1,0 +1,92 @@
+"""The tasks of a batch on several threads, each with one intra-op thread, on the C kernels."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from queue import SimpleQueue
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from metahpo.functional import FunctionalModule, Params
+from metahpo.functional.trees import stack_trees
+from metahpo.learners.base import MetaLearner, Metrics
+from metahpo.learners.phase import Phase
+from metahpo.tasks.task import Task
+from metahpo.training.engines.base import MetaGradient, mean_metrics
+
+T = TypeVar("T")
+
+
+class Threads:
+    """Runs as many tasks at once as torch has intra-op threads (``torch.get_num_threads()``), each on one of them.
+
+    Small tensors leave intra-op threads little to share, whole tasks much. Each thread has a copy of the learner (its
+    parameters laid out for the kernels), in which the layers of convolutional nets run on ``metahpo.native``. Results
+    do not depend on which thread ran which task. For the CPU.
+    """
+
+    name = "threads"
+
+    def __init__(self) -> None:
+        self.workers = torch.get_num_threads()
+        self._pool = ThreadPoolExecutor(self.workers, "metahpo", initializer=torch.set_num_threads, initargs=(1,))
+
+    def meta_gradient(self, learner: MetaLearner, tasks: Task, phase: Phase) -> MetaGradient:
+        count = tasks.query_x.shape[0]
+
+        def one(learner: MetaLearner, index: int) -> tuple[Tensor, tuple[Tensor, ...], Metrics]:
+            loss, metrics = learner.meta_loss(tasks.select(index), phase)
+            params = list(learner.outer_params().values())
+            return loss.detach(), torch.autograd.grad(loss, params, materialize_grads=True), metrics
+
+        losses, grads, rows = zip(*self._each(learner, phase, one, count))
+        total = grads[0]
+        for more in grads[1:]:
+            total = torch._foreach_add(total, more)
+        means = [(t / count).contiguous() for t in total]
+        stacked = torch.stack(losses)
+        return MetaGradient(stacked.mean(), dict(zip(learner.outer_params(), means)), mean_metrics(rows), stacked)
+
+    def evaluate(self, learner: MetaLearner, tasks: Task, phase: Phase) -> tuple[Metrics, Params]:
+        def one(learner: MetaLearner, index: int) -> tuple[Metrics, Params]:
+            with torch.no_grad():
+                return learner.evaluate(tasks.select(index), phase)
+
+        results = self._each(learner, phase, one, tasks.query_x.shape[0])
+        return stack_trees([metrics for metrics, _ in results]), stack_trees([outputs for _, outputs in results])
+
+    def _each(self, learner: MetaLearner, phase: Phase, one: Callable[[MetaLearner, int], T], count: int) -> list[T]:
+        learner.train(phase.training)
+        copies: SimpleQueue[MetaLearner] = SimpleQueue()
+        for _ in range(min(self.workers, count)):
+            copies.put(fused_copy(learner))
+
+        def run(index: int) -> T:
+            mine = copies.get()
+            try:
+                return one(mine, index)
+            finally:
+                copies.put(mine)
+
+        return list(self._pool.map(run, range(count)))
+
+
+def fused_copy(learner: MetaLearner) -> MetaLearner:
+    """A copy whose nets run on the C kernels; it holds the learner's own values, not copies of them.
+
+    A thread needs its own, because to run a module with other parameters is to change it for a moment.
+    """
+    shared = {id(t): _shared(t) for t in [*learner.parameters(), *learner.buffers()]}
+    twin = copy.deepcopy(learner, shared)
+    for module in twin.modules():
+        if isinstance(module, FunctionalModule):
+            module.fuse()
+    return twin
+
+
+def _shared(tensor: Tensor) -> Tensor:
+    return nn.Parameter(tensor.detach(), tensor.requires_grad) if isinstance(tensor, nn.Parameter) else tensor
