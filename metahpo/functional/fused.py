@@ -1,4 +1,4 @@
-"""A net on the C kernels of ``metahpo.native``: convolutions, and batch norm with the activation and pooling after it."""
+"""A net on the C kernels of ``metahpo.native``: convolutions, batch norm with the activation and pooling after it."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ def fuse(net: nn.Module) -> nn.Module:
     """``net`` changed to run on the C kernels where they can stand in; parameters and buffers keep their names.
 
     A ``Conv2d`` with an odd square kernel, stride 1 and "same" zero padding is taken; so is, inside an
-    ``nn.Sequential``, a ``PerStepBatchNorm`` with the ReLU or leaky ReLU and 2 x 2 max pooling that follow it. What does
-    not fit, and any input that is not a CPU image batch in float32 or float64, runs as before.
+    ``nn.Sequential``, a ``PerStepBatchNorm`` with the ReLU or leaky ReLU and 2 x 2 max pooling that follow it. What
+    does not fit, and any input that is not a CPU image batch in float32 or float64, runs as before.
     """
     if _plain_sequence(net):
         net = _Chain(net)

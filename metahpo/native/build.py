@@ -18,7 +18,18 @@ import torch
 from metahpo.errors import one_line
 
 _SOURCES = ("conv.c", "norm.c")
-_FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-shared", "-fPIC", "-w")
+_HEADERS = ("common.h", "blocks.h", "winograd.h")
+# Not -O3, which rearranges the blocked loops for the worse.
+_FLAGS = (
+    "-O2",
+    "-ftree-vectorize",
+    "-fvect-cost-model=dynamic",
+    "-march=native",
+    "-fno-math-errno",
+    "-shared",
+    "-fPIC",
+    "-w",
+)
 _CTYPES = {torch.float32: "float", torch.float64: "double"}
 
 
@@ -49,7 +60,7 @@ def _compiled(compiler: str, real: str) -> Path:
     command = [compiler, *_FLAGS, f"-DREAL={real}"]
     if _has_avx512():
         command.append("-mprefer-vector-width=512")
-    texts = [(here / name).read_bytes() for name in ("common.h", *_SOURCES)]
+    texts = [(here / name).read_bytes() for name in (*_HEADERS, *_SOURCES)]
     key = hashlib.sha256(b"\0".join([*texts, repr((command, _processor())).encode()])).hexdigest()[:16]
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "metahpo"
     target = cache / f"kernels-{real}-{key}.so"

@@ -20,6 +20,8 @@ typedef REAL uvec __attribute__((vector_size(BYTES), aligned(sizeof(REAL)), may_
 #define INLINE static inline __attribute__((always_inline))
 #define UNROLL _Pragma("GCC unroll 8")
 
+INLINE vec load(const REAL *from) { return *(const uvec *)from; }
+INLINE void store(REAL *to, vec value) { *(uvec *)to = value; }
 INLINE long round_up(long n) { return (n + LANES - 1) / LANES * LANES; }
 
 /* Memory that a thread keeps from call to call. */
@@ -54,6 +56,28 @@ static void transpose(REAL *to, const REAL *from, int cols, int rows, long ld)
         for (int c0 = 0; c0 < cols; c0 += 16)
             for (int c = c0; c < (c0 + 16 < cols ? c0 + 16 : cols); c++)
                 for (int r = r0; r < (r0 + 16 < rows ? r0 + 16 : rows); r++) to[r * ld + c] = from[(long)c * rows + r];
+}
+
+/* Weights [taps, C, O], or the transposed [taps, O, C] with the taps reversed, to [taps, C, ld]. */
+static void repack_weights(REAL *to, const REAL *w, int taps, int C, int O, long ld, int transposed)
+{
+    for (int t = 0; t < taps; t++, to += C * ld)
+        if (transposed) transpose(to, w + (long)(taps - 1 - t) * C * O, O, C, ld);
+        else for (int c = 0; c < C; c++) memcpy(to + c * ld, w + ((long)t * C + c) * O, O * sizeof(REAL));
+}
+
+/* Images [n, H, W, C] to [n, PH, PW, C] with `edge` zero pixels above and to the left, and the rest zeros. */
+static void pad(REAL *to, const REAL *x, long images, int H, int W, int C, int edge, int PH, int PW)
+{
+    size_t before = (size_t)edge * C, row = (size_t)W * C, line = (size_t)PW * C;
+    for (long i = 0; i < images; i++)
+        for (int h = -edge; h < PH - edge; h++, to += line) {
+            if (h < 0 || h >= H) { memset(to, 0, line * sizeof(REAL)); continue; }
+            memset(to, 0, before * sizeof(REAL));
+            memcpy(to + before, x, row * sizeof(REAL));
+            memset(to + before + row, 0, (line - before - row) * sizeof(REAL));
+            x += row;
+        }
 }
 
 /* Sums over pixels [P, C] of each channel, in double precision beyond a run of 32. */

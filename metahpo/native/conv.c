@@ -3,84 +3,8 @@
  * Images are [N, H, W, C] and weights [K, K, C, O], both contiguous. Each call pads a group of images into scratch
  * memory that fits the second-level cache and works on it with a register-blocked product: ROWS pixels by up to
  * COLS vectors of channels are accumulated over all taps before anything is stored. */
-#include "common.h"
-
-/* y[r, :] = bias or old y + sum over taps and channels, for R pixels and NV vectors of output channels. */
-INLINE void conv_block(const int R, const int NV, const REAL *x, const int *pixel, const REAL *w, long ldw,
-                       const int *tap, int taps, int C, const REAL *bias, REAL *y, long ldy, int tail)
-{
-    vec acc[ROWS][COLS];
-    UNROLL for (int r = 0; r < R; r++)
-        UNROLL for (int v = 0; v < NV; v++) {
-            if (bias) acc[r][v] = *(const uvec *)(bias + v * LANES);
-            else memcpy(&acc[r][v], y + r * ldy + v * LANES, (v == NV - 1 ? tail : LANES) * sizeof(REAL));
-        }
-    const REAL *px[ROWS];
-    for (int t = 0; t < taps; t++) {
-        UNROLL for (int r = 0; r < R; r++) px[r] = x + tap[t] + pixel[r];
-        for (int c = 0; c < C; c++, w += ldw) {
-            vec b[COLS];
-            UNROLL for (int v = 0; v < NV; v++) b[v] = *(const uvec *)(w + v * LANES);
-            UNROLL for (int r = 0; r < R; r++) {
-                REAL s = px[r][c];
-                UNROLL for (int v = 0; v < NV; v++) acc[r][v] += s * b[v];
-            }
-        }
-    }
-    UNROLL for (int r = 0; r < R; r++)
-        UNROLL for (int v = 0; v < NV; v++) {
-            if (v == NV - 1 && tail < LANES) memcpy(y + r * ldy + v * LANES, &acc[r][v], tail * sizeof(REAL));
-            else *(uvec *)(y + r * ldy + v * LANES) = acc[r][v];
-        }
-}
-
-/* out[k, :] (+)= sum over n pixels of x[pixel + row[k]] * g[pixel, :], for R rows k = (tap, channel). */
-INLINE void weight_block(const int R, const int NV, const REAL *x, const int *row, const int *pixel, long n,
-                         const REAL *g, long ldg, REAL *out, long ldo, int tail, int first)
-{
-    vec acc[ROWS][COLS];
-    UNROLL for (int r = 0; r < R; r++) UNROLL for (int v = 0; v < NV; v++) acc[r][v] = (vec){0};
-    const REAL *xk[ROWS];
-    UNROLL for (int r = 0; r < R; r++) xk[r] = x + row[r];
-    for (long p = 0; p < n; p++, g += ldg) {
-        long o = pixel[p];
-        vec b[COLS];
-        UNROLL for (int v = 0; v < NV; v++) b[v] = *(const uvec *)(g + v * LANES);
-        UNROLL for (int r = 0; r < R; r++) {
-            REAL s = xk[r][o];
-            UNROLL for (int v = 0; v < NV; v++) acc[r][v] += s * b[v];
-        }
-    }
-    UNROLL for (int r = 0; r < R; r++)
-        UNROLL for (int v = 0; v < NV; v++) {
-            REAL *d = out + r * ldo + v * LANES;
-            vec a = acc[r][v];
-            int m = v == NV - 1 ? tail : LANES;
-            for (int i = 0; i < m; i++) d[i] = first ? a[i] : d[i] + a[i];
-        }
-}
-
-/* One instance of a block function for every number of rows and vectors. */
-#define EACH(R) \
-    case R: switch (NV) { case 1: CALL(R, 1); break; case 2: CALL(R, 2); break; case 3: CALL(R, 3); break; \
-                          default: CALL(R, 4); } break;
-#define DISPATCH switch (R) { EACH(1) EACH(2) EACH(3) EACH(4) EACH(5) EACH(6) EACH(7) }
-
-static void conv_any(int R, int NV, const REAL *x, const int *pixel, const REAL *w, long ldw, const int *tap, int taps,
-                     int C, const REAL *bias, REAL *y, long ldy, int tail)
-{
-#define CALL(r, nv) conv_block(r, nv, x, pixel, w, ldw, tap, taps, C, bias, y, ldy, tail)
-    DISPATCH
-#undef CALL
-}
-
-static void weight_any(int R, int NV, const REAL *x, const int *row, const int *pixel, long n, const REAL *g, long ldg,
-                       REAL *out, long ldo, int tail, int first)
-{
-#define CALL(r, nv) weight_block(r, nv, x, row, pixel, n, g, ldg, out, ldo, tail, first)
-    DISPATCH
-#undef CALL
-}
+#include "blocks.h"
+#include "winograd.h"
 
 typedef struct { long N; int H, W, C, K; } Images;
 
@@ -91,19 +15,6 @@ static long group_size(Images s)
 }
 
 static long padded_size(Images s, long images) { return images * (s.H + s.K - 1) * (s.W + s.K - 1) * s.C; }
-
-static void pad(REAL *to, const REAL *x, long images, Images s)
-{
-    size_t edge = (size_t)(s.K / 2) * s.C, row = (size_t)s.W * s.C, line = row + 2 * edge;
-    for (long i = 0; i < images; i++)
-        for (int h = -(s.K / 2); h < s.H + s.K / 2; h++, to += line) {
-            if (h < 0 || h >= s.H) { memset(to, 0, line * sizeof(REAL)); continue; }
-            memset(to, 0, edge * sizeof(REAL));
-            memcpy(to + edge, x, row * sizeof(REAL));
-            memset(to + edge + row, 0, edge * sizeof(REAL));
-            x += row;
-        }
-}
 
 /* Where each pixel's window, and each tap within a window, begins in the padded images. */
 static void offsets(int *pixel, int *tap, long images, Images s)
@@ -120,6 +31,7 @@ static void offsets(int *pixel, int *tap, long images, Images s)
 int conv(const REAL *x, const REAL *w, const REAL *bias, REAL *y, long N, int H, int W, int C, int O, int K,
          int transposed, int accumulate)
 {
+    if (K == 3 && winograd_pays(H, W, C, O)) return winograd(x, w, bias, y, N, H, W, C, O, transposed, accumulate);
     Images s = {N, H, W, C, K};
     int taps = K * K, repack = transposed || O % LANES;
     long G = group_size(s), Op = round_up(O), pixels = G * H * W;
@@ -130,11 +42,7 @@ int conv(const REAL *x, const REAL *w, const REAL *bias, REAL *y, long N, int H,
     if (repack) {
         REAL *wp = take(&room, taps * C * Op * sizeof(REAL));
         if (Op != O) memset(wp, 0, taps * C * Op * sizeof(REAL));
-        for (int t = 0; t < taps; t++) {
-            REAL *to = wp + (long)t * C * Op;
-            if (transposed) transpose(to, w + (long)(taps - 1 - t) * C * O, O, C, Op);
-            else for (int c = 0; c < C; c++) memcpy(to + c * Op, w + ((long)t * C + c) * O, O * sizeof(REAL));
-        }
+        repack_weights(wp, w, taps, C, O, Op, transposed);
         w = wp;
     }
     memset(bp, 0, Op * sizeof(REAL));
@@ -143,7 +51,7 @@ int conv(const REAL *x, const REAL *w, const REAL *bias, REAL *y, long N, int H,
     offsets(pixel, tap, G, s);
     for (long n = 0; n < N; n += G) {
         long images = N - n < G ? N - n : G, P = images * H * W;
-        pad(xp, x + n * H * W * C, images, s);
+        pad(xp, x + n * H * W * C, images, H, W, C, K / 2, H + K - 1, W + K - 1);
         for (long p = 0; p < P; p += ROWS)
             for (int o = 0; o < O; o += COLS * LANES) {
                 int left = O - o < COLS * LANES ? O - o : COLS * LANES, NV = (left + LANES - 1) / LANES;
@@ -157,6 +65,7 @@ int conv(const REAL *x, const REAL *w, const REAL *bias, REAL *y, long N, int H,
 /* gw[K, K, C, O] = the gradient with respect to the weights, gb[O] (or null) to the bias, for g[N, H, W, O]. */
 int conv_weight(const REAL *x, const REAL *g, REAL *gw, REAL *gb, long N, int H, int W, int C, int O, int K)
 {
+    if (K == 3 && winograd_pays(H, W, C, O)) return winograd_weight(x, g, gw, gb, N, H, W, C, O);
     Images s = {N, H, W, C, K};
     int taps = K * K, repack = O % LANES;
     long G = group_size(s), Op = round_up(O), pixels = G * H * W;
@@ -174,7 +83,7 @@ int conv_weight(const REAL *x, const REAL *g, REAL *gw, REAL *gb, long N, int H,
     for (long n = 0; n < N; n += G) {
         long images = N - n < G ? N - n : G, P = images * H * W;
         const REAL *from = g + n * H * W * O;
-        pad(xp, x + n * H * W * C, images, s);
+        pad(xp, x + n * H * W * C, images, H, W, C, K / 2, H + K - 1, W + K - 1);
         if (repack) {
             for (long p = 0; p < P; p++) memcpy(gp + p * Op, from + p * O, O * sizeof(REAL));
             from = gp;

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
-from collections.abc import Callable
+import gc
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from queue import SimpleQueue
 from typing import TypeVar
@@ -15,6 +17,7 @@ from metahpo.functional import FunctionalModule, Params
 from metahpo.functional.trees import stack_trees
 from metahpo.learners.base import MetaLearner, Metrics
 from metahpo.learners.phase import Phase
+from metahpo.native import conv_taps
 from metahpo.tasks.task import Task
 from metahpo.training.engines.base import MetaGradient, mean_metrics
 
@@ -72,7 +75,20 @@ class Threads:
             finally:
                 copies.put(mine)
 
-        return list(self._pool.map(run, range(count)))
+        with _no_collection():
+            return list(self._pool.map(run, range(count)))
+
+
+@contextlib.contextmanager
+def _no_collection() -> Iterator[None]:
+    """Puts off Python's garbage collection, which would stop all threads again and again: a step makes no cycles."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def fused_copy(learner: MetaLearner) -> MetaLearner:
@@ -89,4 +105,8 @@ def fused_copy(learner: MetaLearner) -> MetaLearner:
 
 
 def _shared(tensor: Tensor) -> Tensor:
-    return nn.Parameter(tensor.detach(), tensor.requires_grad) if isinstance(tensor, nn.Parameter) else tensor
+    if not isinstance(tensor, nn.Parameter):
+        return tensor
+    # Updates of a weight keep its layout in memory: with the kernels' own, none has to be rearranged step by step.
+    value = conv_taps(tensor.detach()) if tensor.dim() == 4 else tensor.detach()
+    return nn.Parameter(value, tensor.requires_grad)
