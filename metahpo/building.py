@@ -222,9 +222,10 @@ def check_optimizer(settings: TrainingSettings, learner: MetaLearner) -> None:
 def _check_settings(settings: TrainingSettings, trained: dict[str, Any], path: Path) -> None:
     """Raises ConfigError if config.yaml asks for other settings than the run was trained with.
 
-    Device and engine may change, which give the same numbers to rounding, and the number of test tasks.
+    Device and engine may change, which give the same numbers to rounding, how often a GPU's losses are read, and the
+    number of test tasks.
     """
-    asked = settings.model_dump(exclude={"device", "engine", "test_tasks"})
+    asked = settings.model_dump(exclude={"device", "engine", "read_every", "test_tasks"})
     lines = [
         f"training.{key}: config.yaml says {asked[key]!r}, but {path.name} was trained with {trained[key]!r}; "
         "set it back, or train anew"

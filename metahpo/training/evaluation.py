@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import closing
 
 import torch
 from torch import Tensor
@@ -12,6 +13,7 @@ from metahpo.learners.phase import Phase
 from metahpo.tasks.task import TaskSource
 from metahpo.training.engines import ENGINES
 from metahpo.training.environment import progress, seeded
+from metahpo.training.prefetch import batches_of
 from metahpo.training.settings import TrainingSettings
 
 
@@ -30,11 +32,10 @@ def evaluate(
     engine, device, size = ENGINES[settings.engine](), settings.torch_device(), settings.tasks
     metrics: list[dict[str, Tensor]] = []
     outputs: list[dict[str, Tensor]] = []
-    with progress(title, count) as bar:
-        for first in range(0, count, size):
-            numbers = range(first, min(first + size, count))
-            batch = tasks.batch(numbers).to(device, non_blocking=True)
-            with seeded(settings.seed, first, device=device):
+    numbered = (range(first, min(first + size, count)) for first in range(0, count, size))
+    with progress(title, count) as bar, closing(batches_of(tasks, numbered, device)) as batches:
+        for numbers, batch in batches:
+            with seeded(settings.seed, numbers[0], device=device):
                 found, answers = engine.evaluate(learner, batch, Phase())
             metrics.append(found)
             outputs.append(answers)

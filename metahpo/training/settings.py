@@ -37,6 +37,7 @@ class TrainingSettings(Settings):
     )
     engine: Literal["loop", "vmap"] = "loop"
     device: str = Field(default="auto", description="auto, cpu, cuda, cuda:1, ...")
+    read_every: int = Field(default=10, ge=1, description="CUDA: steps between two looks at loss and finiteness")
     seed: int = Field(default=0, ge=0)
 
     @field_validator("optimizer")

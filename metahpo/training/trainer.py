@@ -6,6 +6,7 @@ import json
 import sys
 import time
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,13 +15,15 @@ import torch
 from metahpo.errors import CheckpointError, DataError, NonFiniteError
 from metahpo.learners.base import MetaLearner
 from metahpo.learners.phase import Phase
-from metahpo.tasks.task import TaskSource
+from metahpo.tasks.task import Task, TaskSource
 from metahpo.training.checkpoint import CheckpointStore, State, load_learner, write_atomically
-from metahpo.training.engines import ENGINES, MetaGradient
+from metahpo.training.engines import ENGINES
 from metahpo.training.environment import progress, seeded, versions
 from metahpo.training.evaluation import evaluate
+from metahpo.training.finite import FiniteCheck
 from metahpo.training.interrupts import Interrupted, Interrupts
 from metahpo.training.metrics import CsvLog, Row, SumOfMetrics, best_epochs, summarise
+from metahpo.training.prefetch import batches_of
 from metahpo.training.schedules import cosine
 from metahpo.training.settings import TrainingSettings
 
@@ -34,7 +37,8 @@ class Trainer:
     (seed, e, i): a run that was interrupted and resumed is bit for bit the run that was not (on the CPU, with the same
     torch and number of threads).
 
-    Raises NonFiniteError, before the update, when a loss or gradient is NaN or infinite.
+    Raises NonFiniteError when a loss or gradient is NaN or infinite: on the CPU before the update, on CUDA within
+    ``read_every`` steps and before anything is saved.
     """
 
     def __init__(
@@ -56,6 +60,7 @@ class Trainer:
         self.epoch, self.iteration = 0, 0
         self.history: list[Row] = []
         self._partial = SumOfMetrics()
+        self._finite = FiniteCheck(self.settings.read_every if self.device.type == "cuda" else 1)
         self._seconds: list[float] = []
         self.run_dir = Path(run_dir) if run_dir is not None else None
         self.store = CheckpointStore(self.run_dir / "checkpoints") if self.run_dir else None
@@ -119,13 +124,18 @@ class Trainer:
         phase = self.learner.training_phase(self.epoch)
         if phase.step_weights is not None:
             phase = replace(phase, step_weights=phase.step_weights.to(self.device))
-        with progress(f"epoch {self.epoch + 1}/{settings.epochs}", settings.iterations, self.iteration) as bar:
-            while self.iteration < settings.iterations:
-                loss = self._step(phase)
+        batches = batches_of(
+            self.train_tasks, map(self._numbers, range(self.iteration, settings.iterations)), self.device
+        )
+        title = f"epoch {self.epoch + 1}/{settings.epochs}"
+        with progress(title, settings.iterations, self.iteration) as bar, closing(batches):
+            for numbers, tasks in batches:
+                self._step(numbers, tasks, phase)
                 self.iteration += 1
                 bar.update()
-                bar.set_postfix_str(f"loss {loss:.3f}", refresh=False)
+                bar.set_postfix_str(f"loss {self._finite.loss:.3f}", refresh=False)
                 self._stop_if_asked(interrupts)
+        self._refuse(self._finite.look())
         validation = self._validate(interrupts)
         row = {"epoch": self.epoch + 1, "lr": rate}
         row.update({f"train_{name}": value for name, value in self._partial.means().items()})
@@ -136,12 +146,10 @@ class Trainer:
         self._save()
         return {**row, "seconds": self._seconds[-1]}
 
-    def _step(self, phase: Phase) -> float:
-        numbers = self._numbers()
-        tasks = self.train_tasks.batch(numbers).to(self.device, non_blocking=True)
+    def _step(self, numbers: range, tasks: Task, phase: Phase) -> None:
         with seeded(self.settings.seed, self.epoch, self.iteration, device=self.device):
             result = self.engine.meta_gradient(self.learner, tasks, phase)
-        self._refuse_non_finite(result, numbers)
+        self._refuse(self._finite.add(self.epoch + 1, self.iteration + 1, numbers, result))
         params = self.learner.outer_params()
         for name, param in params.items():
             param.grad = result.grads[name]
@@ -154,29 +162,15 @@ class Trainer:
         scalars = dict(result.metrics)
         self.learner.update_buffers(scalars.pop("buffers", {}))
         self._partial.add({"loss": result.loss, **scalars})
-        return float(result.loss)
 
-    def _numbers(self) -> range:
-        first = (self.epoch * self.settings.iterations + self.iteration) * self.settings.tasks
+    def _numbers(self, iteration: int) -> range:
+        first = (self.epoch * self.settings.iterations + iteration) * self.settings.tasks
         return range(first, first + self.settings.tasks)
 
-    def _refuse_non_finite(self, result: MetaGradient, numbers: range) -> None:
-        # The largest entry of each gradient: infinite or NaN if any entry is, and it cannot overflow as a sum might.
-        largest = torch.stack(torch._foreach_norm(list(result.grads.values()), float("inf")))
-        if bool(torch.isfinite(largest).all() & torch.isfinite(result.losses).all()):
-            return
-        bad = [number for number, loss in zip(numbers, result.losses.tolist()) if not abs(loss) < float("inf")]
-        what = (
-            f"the loss of task {bad[0]} is not finite"
-            if bad
-            else f"the gradient of tasks {numbers[0]} to {numbers[-1]} is not finite"
-        )
-        kept = ""
-        if self.store and self.store.list():
-            kept = f"; the last good checkpoint is {self.store.list()[-1]}"
-        raise NonFiniteError(
-            f"epoch {self.epoch + 1}, iteration {self.iteration + 1}: {what} (parameters are as before this step){kept}"
-        )
+    def _refuse(self, problem: str | None) -> None:
+        if problem:
+            kept = self.store.list() if self.store else []
+            raise NonFiniteError(problem + (f"; the last good checkpoint is {kept[-1]}" if kept else ""))
 
     def _validate(self, interrupts: Interrupts) -> Row:
         metrics, _ = evaluate(
@@ -197,6 +191,7 @@ class Trainer:
     # The state of the run.
 
     def _save(self) -> None:
+        self._refuse(self._finite.look())
         if self.store is None or self.run_dir is None:
             return
         # The log first: a crash between the two leaves a row too many, which resuming drops.
