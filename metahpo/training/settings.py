@@ -7,6 +7,7 @@ from typing import Any, Literal
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
+from metahpo import torchrun
 from metahpo.errors import did_you_mean
 
 
@@ -72,7 +73,9 @@ class TrainingSettings(Settings):
         return rate
 
     def torch_device(self) -> torch.device:
-        """The device that "auto" stands for here."""
-        if self.device == "auto":
-            return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        return torch.device(self.device)
+        """The device that "auto" stands for here; under torchrun "cuda" is each rank's own."""
+        auto = "cuda" if torch.cuda.is_available() else "cpu"
+        device, local = torch.device(auto if self.device == "auto" else self.device), torchrun.local_rank()
+        if device.type == "cuda" and device.index is None and local is not None:
+            return torch.device("cuda", local)
+        return device
