@@ -155,7 +155,7 @@ class Ranks:
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
-            raise RankError(f"rank {self.rank} stops, for another one has gone ({one_line(error, 120)})") from error
+            raise RankError(f"rank {self.rank} stops: it lost another one ({one_line(error, 200)})") from error
 
 
 def current() -> Ranks:

@@ -98,13 +98,8 @@ def test_a_checkpoint_is_named_and_a_stop_does_not_save_what_was_not_looked_at(t
     trainer.fit(until_epoch=1)
     good = trainer.store.list()[-1]
 
-    def stop(interrupts):
-        if trainer.iteration == 4:
-            interrupts.signum = 15
-        return original(interrupts)
-
-    original = trainer._stop_if_asked
-    monkeypatch.setattr(trainer, "_stop_if_asked", stop)
+    original = trainer._stop_if
+    monkeypatch.setattr(trainer, "_stop_if", lambda signum: original(15 if trainer.iteration == 4 else signum))
     with pytest.raises(
         NonFiniteError, match=r"epoch 2, iteration 3: .* updated with it since.*is .*epoch-0001"
     ) as error:
@@ -125,13 +120,8 @@ def test_looking_seldom_changes_no_number(tmp_path):
 
 def test_a_stop_among_good_steps_saves(tmp_path, monkeypatch):
     trainer, _ = late(tmp_path, 50, iterations=6)
-    original = trainer._stop_if_asked
-
-    def stop(interrupts):
-        interrupts.signum = 2 if trainer.iteration == 2 else None
-        return original(interrupts)
-
-    monkeypatch.setattr(trainer, "_stop_if_asked", stop)
+    original = trainer._stop_if
+    monkeypatch.setattr(trainer, "_stop_if", lambda signum: original(2 if trainer.iteration == 2 else signum))
     with pytest.raises(Interrupted):
         trainer.fit()
     assert trainer.store.list()[-1].name.startswith("epoch-0000-step-00002")
