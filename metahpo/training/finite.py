@@ -21,7 +21,7 @@ class FiniteCheck:
 
     def __init__(self, every: int):
         self.every = every
-        self.loss = math.nan
+        self.loss: float | None = None
         self.signum: int | None = None
         self._places: list[tuple[int, int, Sequence[int]]] = []
         self._values: list[Tensor] = []

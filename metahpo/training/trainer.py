@@ -141,7 +141,8 @@ class Trainer:
                 self._step(tasks, phase, interrupts.signum)
                 self.iteration += 1
                 bar.update()
-                bar.set_postfix_str(f"loss {self._finite.loss:.3f}", refresh=False)
+                if self._finite.loss is not None:
+                    bar.set_postfix_str(f"loss {self._finite.loss:.3f}", refresh=False)
                 self._stop_if(interrupts.signum if self.ranks.size == 1 else self._finite.signum)
         self._refuse(self._finite.look())
         validation = self._validate(interrupts)

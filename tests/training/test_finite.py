@@ -30,7 +30,7 @@ def test_the_first_bad_step_of_several_is_named_with_its_task():
 def test_a_look_comes_before_the_update_of_the_step_that_fills_it():
     check = FiniteCheck(2)
     check.add(2, 1, range(2), step(1, 2))
-    assert check.loss != check.loss
+    assert check.loss is None
     problem = check.add(2, 2, range(2, 4), step(1, 4, grad=float("nan")))
     expected = "the gradient of tasks 2 to 3 is not finite (parameters are as before this step)"
     assert problem == f"epoch 2, iteration 2: {expected}"
@@ -125,3 +125,21 @@ def test_a_stop_among_good_steps_saves(tmp_path, monkeypatch):
     with pytest.raises(Interrupted):
         trainer.fit()
     assert trainer.store.list()[-1].name.startswith("epoch-0000-step-00002")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_on_cuda_a_step_does_not_wait_for_the_device(tmp_path, monkeypatch):
+    trainer, _ = late(tmp_path, 1000, iterations=6, epochs=1, device="cuda", clip_value=1.0, clip_norm=1.0)
+    original = trainer._step
+
+    def watched(*arguments):
+        # The first steps may: they make the optimizer's state and look for checkpointing nets.
+        torch.cuda.set_sync_debug_mode("error" if trainer.iteration > 1 else "default")
+        try:
+            original(*arguments)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    monkeypatch.setattr(trainer, "_step", watched)
+    trainer.fit()
+    assert trainer._finite.loss is not None
