@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from metahpo import torchrun
 from metahpo.config import (
     Conv4Settings,
     CustomLearner,
@@ -30,6 +31,7 @@ from metahpo.learners import MAML, MAMLPlusPlus, MetaLearner
 from metahpo.nets import MLP, Conv4
 from metahpo.tasks import Episodes, LabelledImages, Sinusoid, Task, TaskSource
 from metahpo.training.checkpoint import CheckpointStore
+from metahpo.training.distributed import current
 from metahpo.training.environment import seeded
 from metahpo.training.settings import TrainingSettings
 from metahpo.training.trainer import Trainer
@@ -156,12 +158,21 @@ def _check_outputs(net: nn.Module, x: torch.Tensor, outputs: int, name: str, wha
 
 
 def build(config: RunConfig) -> tuple[dict[str, TaskSource], MetaLearner]:
-    """The tasks of each split and the learner of a run, all tried: what cannot work is refused before any work."""
-    tasks = build_tasks(config)
-    example = tasks["train"].task(0)
-    learner = build_learner(config, example)
-    check_optimizer(config.training, learner)
-    check_learner(learner, config.learner.name, tasks["train"], config.training)
+    """The tasks of each split and the learner of a run, all tried: what cannot work is refused before any work.
+
+    All ranks of a run call it together; what cannot work on one stops all.
+    """
+    ranks = current()
+    if ranks.size > 1 and isinstance(config.data, OmniglotSettings) and config.data.download:
+        with ranks.agreed():
+            if not torchrun.local_rank():  # One process a machine, lest several write the same file.
+                load_images(config)
+    with ranks.agreed():
+        tasks = build_tasks(config)
+        example = tasks["train"].task(0)
+        learner = build_learner(config, example)
+        check_optimizer(config.training, learner)
+        check_learner(learner, config.learner.name, tasks["train"], config.training)
     return tasks, learner
 
 
@@ -169,15 +180,17 @@ def resume_trainer(config: RunConfig, run_dir: str | Path) -> Trainer:
     """The trainer of the run in ``run_dir`` as its newest checkpoint left it."""
     tasks, learner = build(config)
     store = CheckpointStore(Path(run_dir) / "checkpoints")
-    if not store.list():
+    ranks = current()
+    if not ranks.on_first(store.list):
         # Killed before its first epoch was saved, the run has nothing to go on from and begins anew.
         return Trainer(learner, tasks["train"], tasks["val"], config.training, run_dir)
-    path, state, _ = store.latest()
-    _check_settings(config.training, state["settings"], path)
-    try:
-        return Trainer.resume(run_dir, learner, tasks["train"], tasks["val"], config.training)
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise CheckpointError(f"{path}: cannot go on from it: {brief(error)}") from error
+    with ranks.agreed():
+        path, state, _ = ranks.on_first(store.latest)
+        _check_settings(config.training, state["settings"], path)
+        try:
+            return Trainer.resume(run_dir, learner, tasks["train"], tasks["val"], config.training)
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise CheckpointError(f"{path}: cannot go on from it: {brief(error)}") from error
 
 
 def _outputs(example: Task) -> int:
@@ -187,6 +200,10 @@ def _outputs(example: Task) -> int:
 
 def check_device(settings: TrainingSettings) -> None:
     """Raises ConfigError if this machine cannot compute on the settings' device."""
+    if settings.torch_device().type == "cuda" and ":" in settings.device and current().size > 1:
+        raise ConfigError(
+            f"training.device: found {settings.device!r}, expected auto or cuda: each rank takes a GPU of its own"
+        )
     try:
         torch.ones(1, device=settings.torch_device()).item()
     except Exception as error:
@@ -222,9 +239,10 @@ def check_optimizer(settings: TrainingSettings, learner: MetaLearner) -> None:
 def _check_settings(settings: TrainingSettings, trained: dict[str, Any], path: Path) -> None:
     """Raises ConfigError if config.yaml asks for other settings than the run was trained with.
 
-    Device and engine may change, which give the same numbers to rounding, and the number of test tasks.
+    Device and engine may change, which give the same numbers to rounding, how often a GPU's losses are read, and the
+    number of test tasks.
     """
-    asked = settings.model_dump(exclude={"device", "engine", "test_tasks"})
+    asked = settings.model_dump(exclude={"device", "engine", "read_every", "test_tasks"})
     lines = [
         f"training.{key}: config.yaml says {asked[key]!r}, but {path.name} was trained with {trained[key]!r}; "
         "set it back, or train anew"

@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from metahpo import __version__
-from metahpo.errors import CheckpointError, ConfigError, MetaHPOError, NonFiniteError, one_line
+from metahpo import __version__, torchrun
+from metahpo.errors import CheckpointError, ConfigError, MetaHPOError, NonFiniteError, RankError, one_line
 
 TRAIN = """Meta-trains the learner that CONFIG describes, tests it, and writes a report.
 
@@ -23,7 +23,11 @@ Overrides change any key of the config:
 
 The run directory (default: runs/CONFIG/DATE-TIME) holds config.yaml, versions.json, metrics.csv, checkpoints/,
 test.json and report/report.md. Ctrl-C or SIGTERM ends the current step, saves, and exits with 130 or 143;
---resume goes on from there, or after a crash, to the same result bit for bit."""
+--resume goes on from there, or after a crash, to the same result bit for bit.
+
+Several GPUs share each batch of tasks:
+
+  torchrun --nproc-per-node 4 -m metahpo train CONFIG"""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -32,14 +36,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options = _parse(arguments)
         return options.run(options)
     except NonFiniteError as error:
-        print(f"metahpo: {error}", file=sys.stderr)
+        _say(str(error), everywhere=True)
         return 1
     except MetaHPOError as error:
-        for line in str(error).splitlines():
-            print(f"metahpo: {line}", file=sys.stderr)
-        return 2
+        _say(str(error), everywhere=isinstance(error, _UsageError))
+        return 1 if isinstance(error, RankError) else 2
     except KeyboardInterrupt as stop:
-        print(f"metahpo: {str(stop) or 'stopped by SIGINT'}", file=sys.stderr)
+        _say(str(stop) or "stopped by SIGINT", everywhere=True)
         return 128 + getattr(stop, "signum", 2)
     except BrokenPipeError:
         # Whoever read the output has gone; Python would complain once more when it flushes at exit.
@@ -56,11 +59,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
 
 
+def _say(text: str, everywhere: bool) -> None:
+    """Tells what stopped the program; everywhere: every rank of a run has it to say, so that one is enough."""
+    for line in text.splitlines() if torchrun.rank() == 0 or not everywhere else ():
+        print(f"metahpo: {line}", file=sys.stderr, flush=True)
+
+
+class _UsageError(ConfigError):
+    """A wrong command line."""
+
+
 class _Parser(argparse.ArgumentParser):
     """Reports a usage error as every other bad input: one line."""
 
     def error(self, message: str):
-        raise ConfigError(f"{message}; see {self.prog} --help")
+        raise _UsageError(f"{message}; see {self.prog} --help")
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -132,48 +145,87 @@ def _at_least(least: int, text: str) -> int:
 
 def _train(options: argparse.Namespace) -> int:
     # Imported here, so that --help and usage errors answer at once.
-    from metahpo.building import build, resume_trainer
-    from metahpo.config_file import describe_keys, dump_config, load_config
-    from metahpo.training import Trainer
-    from metahpo.training.checkpoint import write_atomically
+    from metahpo.config_file import describe_keys
+    from metahpo.training.distributed import process_group
 
     if options.keys:
         print(describe_keys())
         return 0
-    if options.resume:
-        if given := [options.config, *options.overrides] if options.config else options.overrides:
-            raise ConfigError(f"--resume takes the run's own config; found {' '.join(given)!r} as well")
-        run_dir = _run_dir(options.resume)
-        config = load_config(run_dir / "config.yaml")
-        trainer = resume_trainer(config, run_dir)
-        if trainer.epoch < config.training.epochs:
-            print(f"resuming {run_dir} at epoch {trainer.epoch + 1}, iteration {trainer.iteration + 1}")
-        else:
-            print(f"{run_dir} is trained: all {trainer.epoch} epochs are done")
-    else:
-        if not options.config:
-            raise ConfigError("a CONFIG is needed, or --resume RUN_DIR; see metahpo train --help")
+    given = [options.config, *options.overrides] if options.config else options.overrides
+    if options.resume and given:
+        raise _UsageError(f"--resume takes the run's own config; found {' '.join(given)!r} as well")
+    if not options.resume and not options.config:
+        raise _UsageError("a CONFIG is needed, or --resume RUN_DIR; see metahpo train --help")
+    with process_group() as ranks:
+        config, run_dir, trainer = _resumed(options, ranks) if options.resume else _begun(options, ranks)
+        show = print if ranks.first else _nothing
+        trainer.fit(
+            options.until_epoch, on_epoch=lambda row: show(_epoch_line(row, config.training.epochs), flush=True)
+        )
+        learner, tasks = _test(config, run_dir, "test", config.training.test_tasks, ranks)
+        if ranks.first:
+            _write_report(run_dir, learner, tasks.task(0))
+    return 0
+
+
+def _begun(options: argparse.Namespace, ranks: Any):
+    """The config, run directory and trainer of a new run. Rank 0 alone reads the config and writes."""
+    from metahpo.building import build
+    from metahpo.config_file import dump_config, load_config
+    from metahpo.training import Trainer
+    from metahpo.training.checkpoint import write_atomically
+
+    def read():
         config = load_config(options.config, options.overrides)
         if config.run_dir:
             _check_new(config.run_dir)
-        tasks, learner = build(config)
+        return config
+
+    def make() -> Path:
         run_dir = config.run_dir or _new_run_dir(Path(options.config))
         run_dir.mkdir(parents=True, exist_ok=True)
-        trainer = Trainer(learner, tasks["train"], tasks["val"], config.training, run_dir)
         write_atomically(run_dir / "config.yaml", dump_config(config).encode())
+        return run_dir
+
+    config = ranks.on_first(read)
+    tasks, learner = build(config)
+    run_dir = ranks.on_first(make)
+    trainer = Trainer(learner, tasks["train"], tasks["val"], config.training, run_dir)
+    if ranks.first:
         count = sum(p.numel() for p in trainer.learner.outer_params().values())
-        print(f"{options.config}: {count:,} meta-parameters on {trainer.device}, run directory {run_dir}")
-    trainer.fit(options.until_epoch, on_epoch=lambda row: print(_epoch_line(row, config.training.epochs), flush=True))
-    _test_and_report(config, run_dir, "test", config.training.test_tasks)
-    return 0
+        where = f"{trainer.device}, {ranks.size} ranks" if ranks.size > 1 else trainer.device
+        print(f"{options.config}: {count:,} meta-parameters on {where}, run directory {run_dir}", flush=True)
+    return config, run_dir, trainer
+
+
+def _resumed(options: argparse.Namespace, ranks: Any):
+    """The config, run directory and trainer of the run to go on with."""
+    from metahpo.building import resume_trainer
+    from metahpo.config_file import load_config
+
+    run_dir = Path(options.resume)
+    config = ranks.on_first(lambda: load_config(_run_dir(options.resume) / "config.yaml"))
+    trainer = resume_trainer(config, run_dir)
+    if ranks.first:
+        if trainer.epoch < config.training.epochs:
+            print(f"resuming {run_dir} at epoch {trainer.epoch + 1}, iteration {trainer.iteration + 1}", flush=True)
+        else:
+            print(f"{run_dir} is trained: all {trainer.epoch} epochs are done")
+    return config, run_dir, trainer
+
+
+def _nothing(*args: Any, **kwargs: Any) -> None:
+    """What the other ranks print."""
 
 
 def _evaluate(options: argparse.Namespace) -> int:
     from metahpo.config_file import load_config
+    from metahpo.training.distributed import process_group
 
-    run_dir = _run_dir(options.run_dir)
-    config = load_config(run_dir / "config.yaml")
-    _test(config, run_dir, options.split, options.tasks or config.training.test_tasks)
+    with process_group() as ranks:
+        run_dir = Path(options.run_dir)
+        config = ranks.on_first(lambda: load_config(_run_dir(options.run_dir) / "config.yaml"))
+        _test(config, run_dir, options.split, options.tasks or config.training.test_tasks, ranks)
     return 0
 
 
@@ -191,24 +243,21 @@ def _report(options: argparse.Namespace) -> int:
     return 0
 
 
-def _test_and_report(config: Any, run_dir: Path, split: str, count: int) -> None:
-    learner, tasks = _test(config, run_dir, split, count)
-    _write_report(run_dir, learner, tasks.task(0))
-
-
-def _test(config: Any, run_dir: Path, split: str, count: int):
+def _test(config: Any, run_dir: Path, split: str, count: int, ranks: Any):
     from metahpo.building import build_learner, build_tasks
     from metahpo.training.checkpoint import write_atomically
     from metahpo.training.ensemble import evaluate_run
 
-    tasks = build_tasks(config, (split,))[split]
-    learner = build_learner(config, tasks.task(0))
+    with ranks.agreed():
+        tasks = build_tasks(config, (split,))[split]
+        learner = build_learner(config, tasks.task(0))
     rows = evaluate_run(run_dir, learner, tasks, count, config.training)
-    result = {"split": split, "tasks": count, "rows": rows}
-    write_atomically(run_dir / f"{split}.json", json.dumps(result, indent=2).encode())
-    print(f"{count} {split} tasks (± 95% confidence):")
-    for name, row in rows.items():
-        print(f"  {name:14} {_result(row)}")
+    if ranks.first:
+        result = {"split": split, "tasks": count, "rows": rows}
+        write_atomically(run_dir / f"{split}.json", json.dumps(result, indent=2).encode())
+        print(f"{count} {split} tasks (± 95% confidence):")
+        for name, row in rows.items():
+            print(f"  {name:14} {_result(row)}")
     return learner, tasks
 
 

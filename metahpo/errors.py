@@ -30,6 +30,10 @@ class NonFiniteError(MetaHPOError):
     """A loss or gradient that became NaN or infinite; the message names the iteration and the task."""
 
 
+class RankError(MetaHPOError):
+    """Another process of a training by several has gone."""
+
+
 def one_line(error: object, length: int = 300) -> str:
     """What an error (or anything) says, in one line, without the C++ frames that torch may append."""
     return " ".join(str(error).partition("Exception raised from")[0].split())[:length]

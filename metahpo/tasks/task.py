@@ -31,7 +31,11 @@ class Task(NamedTuple):
 
 @runtime_checkable
 class TaskSource(Protocol):
-    """Numbered tasks: both methods are pure functions of the source's settings and the numbers given."""
+    """Numbered tasks: both methods are pure functions of the source's settings and the numbers given.
+
+    On CUDA a thread calls ``batch`` while a training step runs: draw from generators of your own, never from torch's or
+    NumPy's global ones, not even seeded.
+    """
 
     def task(self, index: int) -> Task:
         """Task number ``index`` (>= 0)."""

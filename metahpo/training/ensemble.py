@@ -13,6 +13,7 @@ from metahpo.functional.trees import stack_trees
 from metahpo.learners.base import MetaLearner
 from metahpo.tasks.task import TaskSource
 from metahpo.training.checkpoint import CheckpointStore, DamagedCheckpoint, State, load_checkpoint, load_learner
+from metahpo.training.distributed import current
 from metahpo.training.evaluation import evaluate
 from metahpo.training.metrics import Row, best_epochs, summarise
 from metahpo.training.settings import TrainingSettings
@@ -28,12 +29,14 @@ def evaluate_run(
     the best checkpoint.
     """
     learner.to(settings.torch_device())
-    best = best_states(run_dir, settings.keep_best)
+    ranks = current()
+    best = ranks.on_first(lambda: best_states(run_dir, settings.keep_best))
     metrics: dict[str, torch.Tensor] = {}
     total: dict[str, torch.Tensor] = {}
     # The best one last, so that the learner is left as it.
     for rank, (path, state) in enumerate(reversed(best), start=1):
-        load_learner(learner, state["learner"], path)
+        with ranks.agreed():
+            load_learner(learner, state["learner"], path)
         metrics, outputs = evaluate(learner, tasks, count, settings, f"testing {rank}/{len(best)}")
         total = {kind: total[kind] + value if total else value for kind, value in outputs.items()}
     rows: dict[str, Row] = {"best": {"epoch": best[0][1]["epoch"], **summarise(metrics)}}

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 import torch
 from tqdm import tqdm
 
-from metahpo import __version__
+from metahpo import __version__, torchrun
 
 
 @contextmanager
@@ -29,8 +29,8 @@ def seeded(*numbers: int, device: torch.device | None = None) -> Iterator[None]:
 
 
 def progress(title: str, total: int, initial: int = 0) -> tqdm:
-    """A progress bar on a terminal, nothing elsewhere."""
-    hidden = not sys.stderr.isatty()
+    """A progress bar on a terminal, of rank 0 alone; nothing elsewhere."""
+    hidden = not sys.stderr.isatty() or torchrun.rank() > 0
     return tqdm(desc=title, total=total, initial=initial, leave=False, disable=hidden, dynamic_ncols=True)
 
 

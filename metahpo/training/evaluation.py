@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import closing
 
 import torch
 from torch import Tensor
@@ -10,8 +11,10 @@ from torch import Tensor
 from metahpo.learners.base import MetaLearner
 from metahpo.learners.phase import Phase
 from metahpo.tasks.task import TaskSource
+from metahpo.training.distributed import current
 from metahpo.training.engines import ENGINES
 from metahpo.training.environment import progress, seeded
+from metahpo.training.prefetch import batches_of
 from metahpo.training.settings import TrainingSettings
 
 
@@ -25,22 +28,25 @@ def evaluate(
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Runs the first ``count`` tasks: metrics by name, [count], and query outputs by kind, [count, N, ...], on the CPU.
 
-    each: called after every batch of tasks. Randomness, if a learner draws any, follows the settings' seed.
+    each: called after every batch of tasks. Randomness, if a learner draws any, follows the settings' seed. Ranks share
+    the tasks of each batch, and all get all results.
     """
     engine, device, size = ENGINES[settings.engine](), settings.torch_device(), settings.tasks
     metrics: list[dict[str, Tensor]] = []
     outputs: list[dict[str, Tensor]] = []
-    with progress(title, count) as bar:
-        for first in range(0, count, size):
-            numbers = range(first, min(first + size, count))
-            batch = tasks.batch(numbers).to(device, non_blocking=True)
-            with seeded(settings.seed, first, device=device):
+    ranks, done = current(), list[int]()
+    starts = range(0, count, size)
+    shares = (ranks.share(range(first, min(first + size, count))) for first in starts)
+    with progress(title, count) as bar, closing(batches_of(tasks, shares, device)) as batches:
+        for first, (numbers, batch) in zip(starts, batches):
+            with seeded(settings.seed, first, *ranks.seed, device=device):
                 found, answers = engine.evaluate(learner, batch, Phase())
             metrics.append(found)
             outputs.append(answers)
-            bar.update(len(numbers))
+            done += numbers
+            bar.update(min(size, count - first))
             each()
-    return _joined(metrics), _joined(outputs)
+    return ranks.in_order(done, _joined(metrics)), ranks.in_order(done, _joined(outputs))
 
 
 def _joined(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:

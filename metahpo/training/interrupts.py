@@ -6,6 +6,8 @@ import signal
 import sys
 import threading
 
+from metahpo import torchrun
+
 
 class Interrupted(KeyboardInterrupt):
     """Training stopped on request, everything saved; ``signum`` is the signal that asked."""
@@ -39,7 +41,8 @@ class Interrupts:
     def _note(self, signum: int, frame: object) -> None:
         self.signum = signum
         self._restore()
-        print("\nstopping after this step; once more stops at once, without saving", file=sys.stderr, flush=True)
+        if torchrun.rank() == 0:
+            print("\nstopping after this step; once more stops at once, without saving", file=sys.stderr, flush=True)
 
     def _restore(self) -> None:
         for signum, handler in self._previous.items():

@@ -7,6 +7,7 @@ from typing import Any, Literal
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
+from metahpo import torchrun
 from metahpo.errors import did_you_mean
 
 
@@ -37,6 +38,7 @@ class TrainingSettings(Settings):
     )
     engine: Literal["loop", "threads", "vmap"] = "loop"
     device: str = Field(default="auto", description="auto, cpu, cuda, cuda:1, ...")
+    read_every: int = Field(default=10, ge=1, description="CUDA: steps between two looks at loss and finiteness")
     seed: int = Field(default=0, ge=0)
 
     @field_validator("optimizer")
@@ -71,7 +73,9 @@ class TrainingSettings(Settings):
         return rate
 
     def torch_device(self) -> torch.device:
-        """The device that "auto" stands for here."""
-        if self.device == "auto":
-            return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        return torch.device(self.device)
+        """The device that "auto" stands for here; under torchrun "cuda" is each rank's own."""
+        auto = "cuda" if torch.cuda.is_available() else "cpu"
+        device, local = torch.device(auto if self.device == "auto" else self.device), torchrun.local_rank()
+        if device.type == "cuda" and device.index is None and local is not None:
+            return torch.device("cuda", local)
+        return device

@@ -6,6 +6,7 @@ import json
 import sys
 import time
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,13 +15,16 @@ import torch
 from metahpo.errors import CheckpointError, DataError, NonFiniteError
 from metahpo.learners.base import MetaLearner
 from metahpo.learners.phase import Phase
-from metahpo.tasks.task import TaskSource
+from metahpo.tasks.task import Task, TaskSource
 from metahpo.training.checkpoint import CheckpointStore, State, load_learner, write_atomically
-from metahpo.training.engines import ENGINES, MetaGradient
+from metahpo.training.distributed import current
+from metahpo.training.engines import ENGINES
 from metahpo.training.environment import progress, seeded, versions
 from metahpo.training.evaluation import evaluate
+from metahpo.training.finite import FiniteCheck
 from metahpo.training.interrupts import Interrupted, Interrupts
 from metahpo.training.metrics import CsvLog, Row, SumOfMetrics, best_epochs, summarise
+from metahpo.training.prefetch import batches_of
 from metahpo.training.schedules import cosine
 from metahpo.training.settings import TrainingSettings
 
@@ -34,7 +38,12 @@ class Trainer:
     (seed, e, i): a run that was interrupted and resumed is bit for bit the run that was not (on the CPU, with the same
     torch and number of threads).
 
-    Raises NonFiniteError, before the update, when a loss or gradient is NaN or infinite.
+    Inside a process group of ``torch.distributed`` every rank makes the same trainer and calls the same methods; each
+    step's tasks are shared among them, and rank 0 alone keeps the run. W ranks give the numbers of one process to
+    rounding, except that what a step draws (dropout) differs from rank to rank and so with W.
+
+    Raises NonFiniteError when a loss or gradient is NaN or infinite: on the CPU before the update, on CUDA within
+    ``read_every`` steps and before anything is saved.
     """
 
     def __init__(
@@ -56,8 +65,10 @@ class Trainer:
         self.epoch, self.iteration = 0, 0
         self.history: list[Row] = []
         self._partial = SumOfMetrics()
+        self._finite = FiniteCheck(self.settings.read_every if self.device.type == "cuda" else 1)
         self._seconds: list[float] = []
-        self.run_dir = Path(run_dir) if run_dir is not None else None
+        self.ranks = current()
+        self.run_dir = Path(run_dir) if run_dir is not None and self.ranks.first else None
         self.store = CheckpointStore(self.run_dir / "checkpoints") if self.run_dir else None
         if self.store and self.store.list():
             raise CheckpointError(f"{self.run_dir} already holds a run; resume it or choose another folder")
@@ -75,12 +86,13 @@ class Trainer:
 
         settings: the checkpoint's by default; with another device or engine the run goes on equal to rounding.
         """
-        path, state, damaged = CheckpointStore(Path(run_dir) / "checkpoints").latest()
-        for line in damaged:
+        store = CheckpointStore(Path(run_dir) / "checkpoints")
+        path, state, damaged = current().on_first(store.latest)
+        for line in damaged if current().first else ():
             print(f"{line}; going on from {path.name}", file=sys.stderr)
         trainer = cls(learner, train_tasks, val_tasks, settings or TrainingSettings(**state["settings"]))
-        trainer.run_dir = Path(run_dir)
-        trainer.store = CheckpointStore(trainer.run_dir / "checkpoints")
+        if trainer.ranks.first:
+            trainer.run_dir, trainer.store = Path(run_dir), store
         trainer._load(state, path)
         return trainer
 
@@ -92,14 +104,16 @@ class Trainer:
         until = self.settings.epochs if until_epoch is None else min(until_epoch, self.settings.epochs)
         if self.run_dir and self.epoch < until:
             self.run_dir.mkdir(parents=True, exist_ok=True)
-            write_atomically(self.run_dir / "versions.json", json.dumps(versions(self.device), indent=2).encode())
+            content = {**versions(self.device), "ranks": str(self.ranks.size)}
+            write_atomically(self.run_dir / "versions.json", json.dumps(content, indent=2).encode())
+        self.ranks.share_state(self.learner)
         with Interrupts() as interrupts:
             while self.epoch < until:
                 row = self._run_epoch(interrupts)
                 if on_epoch:
                     on_epoch(row)
-            if interrupts.signum is not None:  # It came after the last step; all is saved.
-                raise Interrupted(interrupts.signum)
+            if signum := self.ranks.agreed_signal(interrupts.signum):  # It came after the last step; all is saved.
+                raise Interrupted(signum)
         return self.history
 
     def evaluate(self, tasks: TaskSource, count: int) -> Row:
@@ -119,13 +133,18 @@ class Trainer:
         phase = self.learner.training_phase(self.epoch)
         if phase.step_weights is not None:
             phase = replace(phase, step_weights=phase.step_weights.to(self.device))
-        with progress(f"epoch {self.epoch + 1}/{settings.epochs}", settings.iterations, self.iteration) as bar:
-            while self.iteration < settings.iterations:
-                loss = self._step(phase)
+        shares = (self.ranks.share(self._numbers(i)) for i in range(self.iteration, settings.iterations))
+        batches = batches_of(self.train_tasks, shares, self.device)
+        title = f"epoch {self.epoch + 1}/{settings.epochs}"
+        with progress(title, settings.iterations, self.iteration) as bar, closing(batches):
+            for _, tasks in batches:
+                self._step(tasks, phase, interrupts.signum)
                 self.iteration += 1
                 bar.update()
-                bar.set_postfix_str(f"loss {loss:.3f}", refresh=False)
-                self._stop_if_asked(interrupts)
+                if self._finite.loss is not None:
+                    bar.set_postfix_str(f"loss {self._finite.loss:.3f}", refresh=False)
+                self._stop_if(interrupts.signum if self.ranks.size == 1 else self._finite.signum)
+        self._refuse(self._finite.look())
         validation = self._validate(interrupts)
         row = {"epoch": self.epoch + 1, "lr": rate}
         row.update({f"train_{name}": value for name, value in self._partial.means().items()})
@@ -136,12 +155,12 @@ class Trainer:
         self._save()
         return {**row, "seconds": self._seconds[-1]}
 
-    def _step(self, phase: Phase) -> float:
-        numbers = self._numbers()
-        tasks = self.train_tasks.batch(numbers).to(self.device, non_blocking=True)
-        with seeded(self.settings.seed, self.epoch, self.iteration, device=self.device):
+    def _step(self, tasks: Task, phase: Phase, signum: int | None) -> None:
+        numbers = self._numbers(self.iteration)
+        with seeded(self.settings.seed, self.epoch, self.iteration, *self.ranks.seed, device=self.device):
             result = self.engine.meta_gradient(self.learner, tasks, phase)
-        self._refuse_non_finite(result, numbers)
+        result, signals = self.ranks.mean(result, numbers, signum)
+        self._refuse(self._finite.add(self.epoch + 1, self.iteration + 1, numbers, result, signals))
         params = self.learner.outer_params()
         for name, param in params.items():
             param.grad = result.grads[name]
@@ -154,29 +173,15 @@ class Trainer:
         scalars = dict(result.metrics)
         self.learner.update_buffers(scalars.pop("buffers", {}))
         self._partial.add({"loss": result.loss, **scalars})
-        return float(result.loss)
 
-    def _numbers(self) -> range:
-        first = (self.epoch * self.settings.iterations + self.iteration) * self.settings.tasks
+    def _numbers(self, iteration: int) -> range:
+        first = (self.epoch * self.settings.iterations + iteration) * self.settings.tasks
         return range(first, first + self.settings.tasks)
 
-    def _refuse_non_finite(self, result: MetaGradient, numbers: range) -> None:
-        # The largest entry of each gradient: infinite or NaN if any entry is, and it cannot overflow as a sum might.
-        largest = torch.stack(torch._foreach_norm(list(result.grads.values()), float("inf")))
-        if bool(torch.isfinite(largest).all() & torch.isfinite(result.losses).all()):
-            return
-        bad = [number for number, loss in zip(numbers, result.losses.tolist()) if not abs(loss) < float("inf")]
-        what = (
-            f"the loss of task {bad[0]} is not finite"
-            if bad
-            else f"the gradient of tasks {numbers[0]} to {numbers[-1]} is not finite"
-        )
-        kept = ""
-        if self.store and self.store.list():
-            kept = f"; the last good checkpoint is {self.store.list()[-1]}"
-        raise NonFiniteError(
-            f"epoch {self.epoch + 1}, iteration {self.iteration + 1}: {what} (parameters are as before this step){kept}"
-        )
+    def _refuse(self, problem: str | None) -> None:
+        if problem:
+            kept = self.store.list() if self.store else []
+            raise NonFiniteError(problem + (f"; the last good checkpoint is {kept[-1]}" if kept else ""))
 
     def _validate(self, interrupts: Interrupts) -> Row:
         metrics, _ = evaluate(
@@ -185,18 +190,20 @@ class Trainer:
             self.settings.val_tasks,
             self.settings,
             title="validating",
-            each=lambda: self._stop_if_asked(interrupts),
+            each=lambda: self._stop_if(self.ranks.agreed_signal(interrupts.signum)),
         )
         return summarise(metrics)
 
-    def _stop_if_asked(self, interrupts: Interrupts) -> None:
-        if interrupts.signum is not None:
+    def _stop_if(self, signum: int | None) -> None:
+        if signum is not None:
             self._save()
-            raise Interrupted(interrupts.signum)
+            self.ranks.wait()  # Once one has gone, torchrun ends the others.
+            raise Interrupted(signum)
 
     # The state of the run.
 
     def _save(self) -> None:
+        self._refuse(self._finite.look())
         if self.store is None or self.run_dir is None:
             return
         # The log first: a crash between the two leaves a row too many, which resuming drops.
@@ -221,9 +228,8 @@ class Trainer:
         self.optimizer.load_state_dict(state["optimizer"])
         self.epoch, self.iteration, self.history = state["epoch"], state["iteration"], state["history"]
         self._partial = SumOfMetrics(**state["partial"])
-        assert self.run_dir is not None
         try:
-            rows = CsvLog(self.run_dir / "metrics.csv").read()
+            rows = CsvLog(self.run_dir / "metrics.csv").read() if self.run_dir else []
             logged = {row.get("epoch"): row.get("seconds", 0.0) for row in rows}
         except DataError:
             logged = {}  # Only the seconds are lost: all else is in the checkpoint, and the file is written anew.

@@ -1,0 +1,184 @@
+"""Training by several processes (ranks), each on its share of every batch of tasks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
+
+from metahpo import torchrun
+from metahpo.errors import MetaHPOError, RankError, one_line
+from metahpo.functional.trees import Params
+from metahpo.training.engines import MetaGradient
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """The processes of a run: this one's number and how many there are. With one of them everything here is free.
+
+    Every method that talks to the others must be called by all ranks, in the same order; RankError if one has gone.
+    """
+
+    rank: int = 0
+    size: int = 1
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the rank that writes and prints."""
+        return self.rank == 0
+
+    @property
+    def seed(self) -> tuple[int, ...]:
+        """What this rank's randomness depends on beside what one process's does: ranks must not draw the same."""
+        return (self.rank,) if self.size > 1 else ()
+
+    # Sharing the tasks of a batch.
+
+    def share(self, numbers: range) -> range:
+        """The tasks of a batch that this rank runs, never none: a rank that is left without repeats the first."""
+        return self._own(numbers) or numbers[:1]
+
+    def _own(self, numbers: range) -> range:
+        """A block of the batch; the blocks of all ranks, in order, are the batch."""
+        return numbers[len(numbers) * self.rank // self.size : len(numbers) * (self.rank + 1) // self.size]
+
+    def mean(self, result: MetaGradient, numbers: range, signum: int | None) -> tuple[MetaGradient, Tensor | None]:
+        """The result over the batch ``numbers`` from each rank's over its ``share``: means weighted by tasks.
+
+        One collective for each dtype among the result's tensors (as a rule one) carries everything. signum: the signal
+        that this rank was asked to stop by. Returns also the signals of all ranks, [size], 0 for none, on the result's
+        device; None where there is but one rank.
+        """
+        if self.size == 1:
+            return result, None
+        own, losses = self._own(numbers), result.losses.new_zeros(len(numbers))
+        if own:
+            start = own[0] - numbers[0]
+            losses[start : start + len(own)] = result.losses
+        signals = result.losses.new_zeros(self.size)
+        if signum:
+            signals[self.rank] = signum
+        leaves, spec = tree_flatten((result.loss, result.grads, result.metrics))
+        weight = len(own) / len(numbers)
+        parts = [leaf * weight if own else torch.zeros_like(leaf) for leaf in leaves]
+        *means, losses, signals = self._sums([*parts, losses, signals])
+        loss, grads, metrics = tree_unflatten(means, spec)
+        return MetaGradient(loss, grads, metrics, losses), signals
+
+    @torch.no_grad()
+    def _sums(self, tensors: list[Tensor]) -> list[Tensor]:
+        """The sum over ranks of each tensor."""
+        sums = list(tensors)
+        for dtype in dict.fromkeys(tensor.dtype for tensor in tensors):
+            places = [place for place, tensor in enumerate(tensors) if tensor.dtype == dtype]
+            flat = torch.cat([tensors[place].reshape(-1) for place in places])
+            with self._others():
+                dist.all_reduce(flat)
+            for place, part in zip(places, flat.split([tensors[place].numel() for place in places])):
+                sums[place] = part.view(tensors[place].shape)
+        return sums
+
+    def in_order(self, numbers: Sequence[int], tensors: Params) -> Params:
+        """All ranks' rows in the order of the tasks' numbers, from this rank's ``tensors`` [len(numbers), ...]."""
+        if self.size == 1:
+            return tensors
+        parts = self._gather((list(numbers), tensors))
+        place = {number: row for row, number in enumerate(n for numbers, _ in parts for n in numbers)}
+        rows = torch.tensor([place[number] for number in sorted(place)])
+        return {name: torch.cat([tree[name] for _, tree in parts])[rows] for name in tensors}
+
+    # Keeping together.
+
+    def agreed_signal(self, signum: int | None) -> int | None:
+        """The signal that any rank was asked to stop by."""
+        if self.size == 1:
+            return signum
+        return max(self._gather(signum or 0)) or None
+
+    def on_first(self, function: Callable[[], T]) -> T:
+        """What ``function`` returns on rank 0, which alone calls it; if it fails there, all ranks stop."""
+        if self.size == 1:
+            return function()
+        answer: list[Any] = [None]
+        with self.agreed():
+            if self.first:
+                answer = [function()]
+        with self._others():
+            dist.broadcast_object_list(answer, 0)
+        return answer[0]
+
+    def share_state(self, module: nn.Module) -> None:
+        """Gives every rank rank 0's parameters and buffers."""
+        if self.size > 1:
+            module.load_state_dict(self.on_first(lambda: tree_map_only(Tensor, Tensor.cpu, dict(module.state_dict()))))
+
+    @contextmanager
+    def agreed(self) -> Iterator[None]:
+        """If the block fails on any rank, all stop after it; only the first that failed raises what there is to say."""
+        if self.size == 1:
+            yield
+            return
+        error: Exception | None = None
+        try:
+            yield
+        except Exception as raised:
+            error = raised
+        failed = self._gather(error is not None)
+        if error is not None and failed.index(True) == self.rank:
+            raise error
+        if any(failed):
+            raise MetaHPOError("")  # Said by another rank.
+
+    def wait(self) -> None:
+        """Waits until all ranks are here."""
+        if self.size > 1:
+            self._gather(None)
+
+    def _gather(self, value: T) -> list[T]:
+        values: list[Any] = [None] * self.size
+        with self._others():
+            dist.all_gather_object(values, value)
+        return values
+
+    @contextmanager
+    def _others(self) -> Iterator[None]:
+        try:
+            yield
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            raise RankError(f"rank {self.rank} stops: it lost another one ({one_line(error, 200)})") from error
+
+
+def current() -> Ranks:
+    """The ranks of this run: those of torch's default process group, or this process alone."""
+    if dist.is_available() and dist.is_initialized():
+        return Ranks(dist.get_rank(), dist.get_world_size())
+    return Ranks()
+
+
+@contextmanager
+def process_group() -> Iterator[Ranks]:
+    """Inside it the processes that torchrun started can talk: on the CPU by gloo, on CUDA by NCCL.
+
+    Without torchrun, or inside a process group of your own, it changes nothing.
+    """
+    if not torchrun.launched() or not dist.is_available() or dist.is_initialized():
+        yield current()
+        return
+    cuda = torch.cuda.is_available()
+    if cuda and (local := torchrun.local_rank() or 0) < torch.cuda.device_count():
+        torch.cuda.set_device(local)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda and dist.is_nccl_available() else "gloo")
+    try:
+        yield current()
+    finally:
+        dist.destroy_process_group()

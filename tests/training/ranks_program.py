@@ -1,0 +1,29 @@
+"""Run by torchrun: calls metahpo with each list of arguments in the file given, without reports.
+
+RANK.json holds what each rank got of each: [exit code, stdout, stderr].
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import sys
+from pathlib import Path
+
+from metahpo import cli, torchrun
+from metahpo.training.distributed import process_group
+
+
+def run(arguments: list[str]) -> tuple[int, str, str]:
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        code = cli.main(arguments)
+    return code, out.getvalue(), err.getvalue()
+
+
+if __name__ == "__main__":
+    cli._write_report = lambda *_: None
+    with process_group():
+        results = [run(arguments) for arguments in json.loads(Path(sys.argv[1]).read_text())]
+    Path(f"{torchrun.rank()}.json").write_text(json.dumps(results))
