@@ -22,7 +22,9 @@ from metahpo.training.settings import TrainingSettings
 
 def check_learner(learner: MetaLearner, name: str, source: TaskSource, settings: TrainingSettings) -> None:
     """Raises NetError or ConfigError unless the learner trains and evaluates on a task, as the settings say."""
-    device, engine = settings.torch_device(), ENGINES[settings.engine]()
+    # One task tells nothing of an engine's speed, and is not what a program is to be recorded from.
+    tried = {"auto": "loop", "trace": "vmap", "graph": "vmap"}.get(settings.engine, settings.engine)
+    device, engine = settings.torch_device(), ENGINES[tried]()
     learner.to(device)
     try:
         with seeded(settings.seed, device=device):

@@ -14,6 +14,7 @@ from metahpo.learners.base import MetaLearner
 from metahpo.tasks.task import TaskSource
 from metahpo.training.checkpoint import CheckpointStore, DamagedCheckpoint, State, load_checkpoint, load_learner
 from metahpo.training.distributed import current
+from metahpo.training.engines import ENGINES
 from metahpo.training.evaluation import evaluate
 from metahpo.training.metrics import Row, best_epochs, summarise
 from metahpo.training.settings import TrainingSettings
@@ -33,11 +34,12 @@ def evaluate_run(
     best = ranks.on_first(lambda: best_states(run_dir, settings.keep_best))
     metrics: dict[str, torch.Tensor] = {}
     total: dict[str, torch.Tensor] = {}
+    engine = ENGINES[settings.engine]()
     # The best one last, so that the learner is left as it.
     for rank, (path, state) in enumerate(reversed(best), start=1):
         with ranks.agreed():
             load_learner(learner, state["learner"], path)
-        metrics, outputs = evaluate(learner, tasks, count, settings, f"testing {rank}/{len(best)}")
+        metrics, outputs = evaluate(learner, tasks, count, settings, engine, f"testing {rank}/{len(best)}")
         total = {kind: total[kind] + value if total else value for kind, value in outputs.items()}
     rows: dict[str, Row] = {"best": {"epoch": best[0][1]["epoch"], **summarise(metrics)}}
     if len(best) > 1:

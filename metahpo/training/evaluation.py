@@ -12,7 +12,7 @@ from metahpo.learners.base import MetaLearner
 from metahpo.learners.phase import Phase
 from metahpo.tasks.task import TaskSource
 from metahpo.training.distributed import current
-from metahpo.training.engines import ENGINES
+from metahpo.training.engines import ENGINES, Engine
 from metahpo.training.environment import progress, seeded
 from metahpo.training.prefetch import batches_of
 from metahpo.training.settings import TrainingSettings
@@ -23,15 +23,17 @@ def evaluate(
     tasks: TaskSource,
     count: int,
     settings: TrainingSettings,
+    engine: Engine | None = None,
     title: str = "evaluating",
     each: Callable[[], None] = lambda: None,
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Runs the first ``count`` tasks: metrics by name, [count], and query outputs by kind, [count, N, ...], on the CPU.
 
-    each: called after every batch of tasks. Randomness, if a learner draws any, follows the settings' seed. Ranks share
+    engine: the settings' by default. each: called after every batch of tasks. Randomness, if a learner draws any, follows the settings' seed. Ranks share
     the tasks of each batch, and all get all results.
     """
-    engine, device, size = ENGINES[settings.engine](), settings.torch_device(), settings.tasks
+    engine = engine or ENGINES[settings.engine]()
+    device, size = settings.torch_device(), settings.tasks
     metrics: list[dict[str, Tensor]] = []
     outputs: list[dict[str, Tensor]] = []
     ranks, done = current(), list[int]()

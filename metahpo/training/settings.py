@@ -36,7 +36,10 @@ class TrainingSettings(Settings):
     keep_best: int = Field(
         default=5, ge=1, description="checkpoints kept by validation score, and the size of the test ensemble"
     )
-    engine: Literal["loop", "threads", "vmap"] = "loop"
+    engine: Literal["auto", "loop", "threads", "vmap", "trace", "graph"] = Field(
+        default="auto", description="how a batch of tasks is run; auto times those that fit and says which it takes"
+    )
+    check: bool = Field(default=False, description="compare the engine's gradient with loop's before the first step")
     device: str = Field(default="auto", description="auto, cpu, cuda, cuda:1, ...")
     read_every: int = Field(default=10, ge=1, description="CUDA: steps between two looks at loss and finiteness")
     seed: int = Field(default=0, ge=0)

@@ -18,7 +18,7 @@ from metahpo.learners.phase import Phase
 from metahpo.tasks.task import Task, TaskSource
 from metahpo.training.checkpoint import CheckpointStore, State, load_learner, write_atomically
 from metahpo.training.distributed import current
-from metahpo.training.engines import ENGINES
+from metahpo.training.engines import ENGINES, Auto, check_engine
 from metahpo.training.environment import progress, seeded, versions
 from metahpo.training.evaluation import evaluate
 from metahpo.training.finite import FiniteCheck
@@ -67,6 +67,7 @@ class Trainer:
         self._partial = SumOfMetrics()
         self._finite = FiniteCheck(self.settings.read_every if self.device.type == "cuda" else 1)
         self._seconds: list[float] = []
+        self._checked = not self.settings.check
         self.ranks = current()
         self.run_dir = Path(run_dir) if run_dir is not None and self.ranks.first else None
         self.store = CheckpointStore(self.run_dir / "checkpoints") if self.run_dir else None
@@ -118,7 +119,7 @@ class Trainer:
 
     def evaluate(self, tasks: TaskSource, count: int) -> Row:
         """Means and 95% intervals over the first ``count`` tasks of ``tasks``, with the learner as it is."""
-        metrics, _ = evaluate(self.learner, tasks, count, self.settings)
+        metrics, _ = evaluate(self.learner, tasks, count, self.settings, self.engine)
         return summarise(metrics)
 
     # One epoch.
@@ -157,6 +158,9 @@ class Trainer:
 
     def _step(self, tasks: Task, phase: Phase, signum: int | None) -> None:
         numbers = self._numbers(self.iteration)
+        if not self._checked:
+            check_engine(self.engine, self.learner, tasks, phase)
+            self._checked = True
         with seeded(self.settings.seed, self.epoch, self.iteration, *self.ranks.seed, device=self.device):
             result = self.engine.meta_gradient(self.learner, tasks, phase)
         result, signals = self.ranks.mean(result, numbers, signum)
@@ -189,6 +193,7 @@ class Trainer:
             self.val_tasks,
             self.settings.val_tasks,
             self.settings,
+            self.engine,
             title="validating",
             each=lambda: self._stop_if(self.ranks.agreed_signal(interrupts.signum)),
         )
@@ -218,6 +223,7 @@ class Trainer:
             "history": self.history,
             "partial": {"count": self._partial.count, "sums": self._partial.sums()},
             "settings": self.settings.model_dump(),
+            "engines": dict(self.engine.chosen) if isinstance(self.engine, Auto) else {},
         }
         # Those of the epoch before too: should this checkpoint be damaged, they are the best again.
         keep = [best_epochs(rows, self.settings.keep_best) for rows in (self.history, self.history[:-1])]
@@ -228,6 +234,8 @@ class Trainer:
         self.optimizer.load_state_dict(state["optimizer"])
         self.epoch, self.iteration, self.history = state["epoch"], state["iteration"], state["history"]
         self._partial = SumOfMetrics(**state["partial"])
+        if isinstance(self.engine, Auto):
+            self.engine.chosen.update(state.get("engines", {}))
         try:
             rows = CsvLog(self.run_dir / "metrics.csv").read() if self.run_dir else []
             logged = {row.get("epoch"): row.get("seconds", 0.0) for row in rows}

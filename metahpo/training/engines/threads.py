@@ -13,6 +13,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
+from metahpo.errors import NetError
 from metahpo.functional import FunctionalModule, Params
 from metahpo.functional.trees import stack_trees
 from metahpo.learners.base import MetaLearner, Metrics
@@ -63,7 +64,10 @@ class Threads:
         return stack_trees([metrics for metrics, _ in results]), stack_trees([outputs for _, outputs in results])
 
     def _each(self, learner: MetaLearner, phase: Phase, one: Callable[[MetaLearner, int], T], count: int) -> list[T]:
+        if next(iter(learner.parameters())).is_cuda:
+            raise NetError("engine threads runs on the CPU only; choose vmap, trace or graph for CUDA")
         learner.train(phase.training)
+        drawn = torch.get_rng_state()
         copies: SimpleQueue[MetaLearner] = SimpleQueue()
         for _ in range(min(self.workers, count)):
             copies.put(fused_copy(learner))
@@ -76,7 +80,21 @@ class Threads:
                 copies.put(mine)
 
         with _no_collection():
-            return list(self._pool.map(run, range(count)))
+            results = list(self._pool.map(run, range(count)))
+        if not torch.equal(drawn, torch.get_rng_state()):
+            raise NetError(
+                f"engine threads cannot run {_drawing(learner)}: it draws random numbers, and which task got which "
+                "would differ from run to run; choose vmap or loop"
+            )
+        return results
+
+
+def _drawing(learner: MetaLearner) -> str:
+    """The module that probably draws random numbers."""
+    for name, module in learner.named_modules():
+        if isinstance(module, nn.modules.dropout._DropoutNd) or getattr(module, "dropout", 0.0) not in (0, 0.0, None):
+            return f"module {name.removeprefix('module.net.')!r} ({type(module).__name__})"
+    return f"this {type(learner).__name__}"
 
 
 @contextlib.contextmanager

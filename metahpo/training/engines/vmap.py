@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.func import functional_call, grad, vmap
 
-from metahpo.errors import NetError, one_line
 from metahpo.functional.trees import Params, map_tree
 from metahpo.learners.base import MetaLearner, Metrics
 from metahpo.learners.phase import Phase
 from metahpo.tasks.task import Task
 from metahpo.training.engines.base import MetaGradient
+from metahpo.training.engines.refusal import refusal
 
 
 class VMap:
@@ -21,36 +24,44 @@ class VMap:
 
     def meta_gradient(self, learner: MetaLearner, tasks: Task, phase: Phase) -> MetaGradient:
         learner.train(phase.training)
-
-        # The gradient is taken inside vmap, task by task, and not by autograd through it: with torch 2.15 that is
-        # silently wrong for layer, instance and batch norms whose scales differ from task to task.
-        def loss_of(params: Params, *task: Tensor) -> tuple[Tensor, tuple[Tensor, Metrics]]:
-            loss, metrics = functional_call(learner, params, (Task(*task), phase))
-            return loss, (loss, metrics)
-
-        in_dims = (None, *[0] * len(tasks))
-        grads, (losses, metrics) = _vmapped(
-            grad(loss_of, has_aux=True), learner, in_dims, learner.outer_params(), *tasks
-        )
-        buffers = map_tree(_mean, metrics.pop("buffers", {}))
-        metrics = {**map_tree(_mean, metrics), "buffers": buffers}
-        return MetaGradient(_mean(losses), map_tree(_mean, grads), metrics, losses.detach())
+        return _run(self.name, learner, lambda: batched_gradient(learner, learner.outer_params(), {}, tasks, phase))
 
     @torch.no_grad()
     def evaluate(self, learner: MetaLearner, tasks: Task, phase: Phase) -> tuple[Metrics, Params]:
         learner.train(phase.training)
-        return _vmapped(lambda *task: learner.evaluate(Task(*task), phase), learner, 0, *tasks)
+        evaluate = vmap(lambda *task: learner.evaluate(Task(*task), phase), randomness="different")
+        return _run(self.name, learner, lambda: evaluate(*tasks))
+
+
+def batched_gradient(
+    learner: MetaLearner, outer: Params, others: dict[str, Tensor], tasks: Task, phase: Phase
+) -> MetaGradient:
+    """The outer gradient with respect to ``outer``, a pure function of all the tensors given.
+
+    others: further parameters and buffers of the learner by name, in place of its own.
+    """
+
+    # The gradient is taken inside vmap, task by task, and not by autograd through it: with torch 2.15 that is silently
+    # wrong for layer, instance and batch norms whose scales differ from task to task.
+    def loss_of(params: Params, *task: Tensor) -> tuple[Tensor, tuple[Tensor, Metrics]]:
+        loss, metrics = functional_call(learner, {**params, **others}, (Task(*task), phase))
+        return loss, (loss, metrics)
+
+    of_each = vmap(grad(loss_of, has_aux=True), in_dims=(None, *[0] * len(tasks)), randomness="different")
+    grads, (losses, metrics) = of_each(outer, *tasks)
+    buffers = map_tree(_mean, metrics.pop("buffers", {}))
+    metrics = {**map_tree(_mean, metrics), "buffers": buffers}
+    return MetaGradient(_mean(losses), map_tree(_mean, grads), metrics, losses.detach())
 
 
 def _mean(tensor: Tensor) -> Tensor:
     return tensor.detach().mean(0)
 
 
-def _vmapped(function, learner: MetaLearner, in_dims, *arguments):
+def _run(engine: str, learner: MetaLearner, function: Callable[[], Any]) -> Any:
     try:
-        return vmap(function, in_dims=in_dims, randomness="different")(*arguments)
+        return function()
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:
-        name = type(learner).__name__
-        raise NetError(f"engine vmap cannot run this {name} ({one_line(error)}); choose engine loop") from error
+        raise refusal(engine, learner, error, "engine threads or loop") from error

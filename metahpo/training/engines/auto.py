@@ -1,0 +1,126 @@
+"""The fastest engine for a run, by a short timing."""
+
+from __future__ import annotations
+
+import gc
+import resource
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from metahpo import torchrun
+from metahpo.errors import NetError
+from metahpo.functional import Params
+from metahpo.learners.base import MetaLearner, Metrics
+from metahpo.learners.phase import Phase
+from metahpo.tasks.task import Task
+from metahpo.training.engines.base import Engine, MetaGradient
+from metahpo.training.engines.graph import Trace
+from metahpo.training.engines.loop import Loop
+from metahpo.training.engines.threads import Threads
+from metahpo.training.engines.vmap import VMap
+
+# Recording takes some hundred times as long as a step, and gains where steps are short because tensors are small.
+_RECORD_BELOW = {"cpu": 0.25, "cuda": 1.0}
+
+
+class Auto:
+    """Times the engines that can run the learner on the run's own first batch, keeps the fastest, and says which.
+
+    On the CPU ``threads``, ``vmap`` and, for small nets, ``trace``; on CUDA ``vmap`` and ``trace``; ``loop`` where none
+    of them can. (``graph`` takes minutes to compile, so it is not tried; it pays for long runs.) Engines agree to
+    rounding only: ``chosen``, by kind of work, goes into checkpoints so that a resumed run goes on with the same ones.
+    """
+
+    name = "auto"
+
+    def __init__(self) -> None:
+        self.chosen: dict[str, str] = {}
+        self._engines: dict[str, Engine] = {}
+
+    def meta_gradient(self, learner: MetaLearner, tasks: Task, phase: Phase) -> MetaGradient:
+        return self._engine("training", learner, tasks, phase).meta_gradient(learner, tasks, phase)
+
+    def evaluate(self, learner: MetaLearner, tasks: Task, phase: Phase) -> tuple[Metrics, Params]:
+        return self._engine("evaluation", learner, tasks, phase).evaluate(learner, tasks, phase)
+
+    def _engine(self, work: str, learner: MetaLearner, tasks: Task, phase: Phase) -> Engine:
+        if work not in self._engines:
+            kinds: dict[str, Callable[[], Engine]] = {k.name: k for k in (Loop, Threads, VMap, Trace)}
+            if work not in self.chosen:
+                # Trials draw random numbers (dropout) that the run itself is still to draw.
+                with torch.random.fork_rng(devices=[tasks.query_x.device] if tasks.query_x.is_cuda else []):
+                    self._engines[work] = self._fastest(work, learner, tasks, phase)
+                self.chosen[work] = self._engines[work].name
+            else:
+                self._engines[work] = kinds[self.chosen[work]]()
+        return self._engines[work]
+
+    def _fastest(self, work: str, learner: MetaLearner, tasks: Task, phase: Phase) -> Engine:
+        device = tasks.query_x.device.type
+        seconds: dict[str, float] = {}
+        engines: dict[str, Engine] = {}
+        notes: list[str] = []
+
+        def attempt(engine: Engine) -> None:
+            call: Callable[[MetaLearner, Task, Phase], Any] = (
+                engine.meta_gradient if work == "training" else engine.evaluate
+            )
+            try:
+                seconds[engine.name] = _time(lambda: call(learner, tasks, phase), device)
+                engines[engine.name] = engine
+            except (NetError, torch.OutOfMemoryError) as error:
+                notes.append(f"{engine.name} cannot" if isinstance(error, NetError) else f"{engine.name}: no memory")
+
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        if device == "cpu":
+            threads = Threads()
+            attempt(threads)
+            grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
+            count = tasks.query_x.shape[0]
+            if grown * count / min(threads.workers, count) > 0.5 * _available_bytes():
+                notes.append("vmap would take too much memory")
+                return self._best(work, engines, seconds, notes)
+        attempt(VMap())
+        if work == "training" and seconds.get("vmap", 60.0) < _RECORD_BELOW[device]:
+            attempt(Trace())
+        return self._best(work, engines, seconds, notes)
+
+    def _best(self, work: str, engines: dict[str, Engine], seconds: dict[str, float], notes: list[str]) -> Engine:
+        gc.collect()
+        if not engines:
+            self._say(f"engine auto: loop for {work} ({', '.join(notes)})")
+            return Loop()
+        best = min(seconds, key=lambda name: seconds[name])
+        others = [f"{name} {seconds[name]:.3g} s" for name in seconds if name != best]
+        self._say(f"engine auto: {best} for {work}, {seconds[best]:.3g} s a batch ({', '.join([*others, *notes])})")
+        return engines[best]
+
+    def _say(self, line: str) -> None:
+        if torchrun.rank() == 0:
+            tqdm.write(line, file=sys.stderr)
+
+
+def _time(call: Callable[[], Any], device: str) -> float:
+    """The shorter of two calls' seconds; the first also compiles, records and fills caches."""
+    seconds = []
+    for _ in range(2):
+        start = time.perf_counter()
+        call()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - start)
+    return min(seconds)
+
+
+def _available_bytes() -> float:
+    try:
+        lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+        return float(lines["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError, ValueError):
+        return float("inf")

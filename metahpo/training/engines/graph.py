@@ -1,0 +1,170 @@
+"""The whole meta-gradient recorded once and replayed, compiled or not; on CUDA as a CUDA graph."""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._pytree import tree_flatten
+
+from metahpo.errors import MetaHPOError, one_line
+from metahpo.functional.trees import Params
+from metahpo.learners.base import MetaLearner, Metrics
+from metahpo.learners.phase import Phase
+from metahpo.tasks.task import Task
+from metahpo.training.engines.base import MetaGradient
+from metahpo.training.engines.refusal import failing_module
+from metahpo.training.engines.vmap import VMap, batched_gradient
+
+Program = Callable[..., MetaGradient]
+
+
+class Trace:
+    """Records the tensor operations of ``vmap``'s meta-gradient at the first step and replays them after that.
+
+    What Python, autograd and torch.func do between the operations, most of the time where tensors are small, is done
+    once. On CUDA the record becomes a CUDA graph, started as a whole: no step waits for the host, and the results are
+    overwritten by the next step's. Recording takes seconds. A learner that cannot be recorded, because it reads values
+    of tensors (data-dependent control flow), and a batch of other shapes than the first run as ``vmap`` does, with one
+    warning; so does evaluation, without one.
+    """
+
+    name = "trace"
+
+    def __init__(self) -> None:
+        self._vmap = VMap()
+        self._learner: Callable[[], MetaLearner | None] = lambda: None
+        self._programs: dict[Any, Program | None] = {}
+        self._shapes: dict[Any, Any] = {}
+
+    def meta_gradient(self, learner: MetaLearner, tasks: Task, phase: Phase) -> MetaGradient:
+        learner.train(phase.training)
+        if self._learner() is not learner:
+            self._learner, self._programs, self._shapes = weakref.ref(learner), {}, {}
+        program = self._program(learner, tasks, phase)
+        if program is None:
+            return self._vmap.meta_gradient(learner, tasks, phase)
+        with torch.no_grad():
+            return program(*_tensors(learner), tasks, phase.step_weights)
+
+    def evaluate(self, learner: MetaLearner, tasks: Task, phase: Phase) -> tuple[Metrics, Params]:
+        return self._vmap.evaluate(learner, tasks, phase)
+
+    def _program(self, learner: MetaLearner, tasks: Task, phase: Phase) -> Program | None:
+        kind = (replace(phase, step_weights=None), phase.step_weights is None)
+        shapes = _signature((*_tensors(learner), tasks, phase.step_weights))
+        if self._shapes.setdefault(kind, shapes) != shapes:
+            # Once: a second set of shapes is usually the last, smaller batch, for which recording does not pay.
+            if (kind, "other") not in self._programs:
+                self._programs[kind, "other"] = None
+                warnings.warn(f"engine {self.name}: batches of other shapes than the first run as vmap", stacklevel=4)
+            return None
+        if kind not in self._programs:
+            self._programs[kind] = self._make(learner, tasks, phase)
+        return self._programs[kind]
+
+    def _make(self, learner: MetaLearner, tasks: Task, phase: Phase) -> Program | None:
+        try:
+            return self._recorded(learner, tasks, phase)
+        except (MetaHPOError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:
+            reason = f"{failing_module(learner, error)} ({type(error).__name__}: {one_line(error)})"
+            warnings.warn(
+                f"engine {self.name} cannot record {reason}; running as vmap",
+                stacklevel=5,
+            )
+            return None
+
+    def _recorded(self, learner: MetaLearner, tasks: Task, phase: Phase) -> Program:
+        def run(outer: Params, others: Params, tasks: Task, weights: Tensor | None) -> MetaGradient:
+            return batched_gradient(learner, outer, others, tasks, replace(phase, step_weights=weights))
+
+        inputs = (*_tensors(learner), tasks, phase.step_weights)
+        with torch.random.fork_rng(devices=_devices(tasks)):
+            recorded = make_fx(run)(*inputs)
+            recorded.graph.eliminate_dead_code()
+            recorded.recompile()
+            program = self._made_fast(recorded)
+            with torch.no_grad():
+                return _captured(program, inputs) if tasks.query_x.is_cuda else program
+
+    def _made_fast(self, recorded: torch.fx.GraphModule) -> Program:
+        return recorded
+
+
+class Graph(Trace):
+    """``Trace`` with the record compiled by TorchInductor, which fuses operations and drops those that repeat.
+
+    Compiling takes a minute or more for each kind of phase at the first time; later runs find the result in Inductor's
+    cache. Dropout draws other random numbers than with the other engines. Where compiling fails, the record is used as
+    it is, with one warning.
+    """
+
+    name = "graph"
+
+    def _made_fast(self, recorded: torch.fx.GraphModule) -> Program:
+        compiled = torch.compile(recorded, fullgraph=True, dynamic=False)
+        failed = False
+
+        def program(*inputs: Any) -> MetaGradient:
+            nonlocal failed
+            if failed:
+                return recorded(*inputs)
+            try:
+                return compiled(*inputs)
+            except torch.OutOfMemoryError:
+                raise
+            except Exception as error:
+                failed = True
+                reason = f"{type(error).__name__}: {one_line(error)}"
+                warnings.warn(f"engine graph cannot compile this learner ({reason}); running as trace", stacklevel=6)
+                return recorded(*inputs)
+
+        return program
+
+
+def _tensors(learner: MetaLearner) -> tuple[Params, Params]:
+    """The learned parameters, and the other parameters and buffers, by name."""
+    outer = learner.outer_params()
+    others = {n: t for n, t in [*learner.named_parameters(), *learner.named_buffers()] if n not in outer}
+    return {name: p.detach() for name, p in outer.items()}, {name: t.detach() for name, t in others.items()}
+
+
+def _signature(inputs: Any) -> list[Any]:
+    return [(t.shape, t.dtype, t.device) for t in tree_flatten(inputs)[0] if isinstance(t, Tensor)]
+
+
+def _devices(tasks: Task) -> list[torch.device]:
+    return [tasks.query_x.device] if tasks.query_x.is_cuda else []
+
+
+def _captured(program: Program, inputs: tuple[Any, ...]) -> Program:
+    """``program`` as a CUDA graph over copies of its inputs, which each call fills first."""
+    leaves, _ = tree_flatten(inputs)
+    static = [t.clone() if isinstance(t, Tensor) else t for t in leaves]
+    held = torch.utils._pytree.tree_unflatten(static, tree_flatten(inputs)[1])
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):  # Libraries choose their kernels and take their memory before, not during the capture.
+            program(*held)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    # Other threads (the prefetch of tasks, NCCL's watchdog) call CUDA meanwhile, and may.
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        results = program(*held)
+    to = [t for t in static if isinstance(t, Tensor)]
+
+    def replay(*inputs: Any) -> MetaGradient:
+        torch._foreach_copy_(to, [t for t in tree_flatten(inputs)[0] if isinstance(t, Tensor)], non_blocking=True)
+        graph.replay()
+        return results
+
+    return replay
