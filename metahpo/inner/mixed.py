@@ -11,14 +11,14 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.func import jvp, vjp
+from torch.func import jvp
 from torch.utils._pytree import tree_leaves
 
 from metahpo.errors import NetError, one_line
 from metahpo.functional.trees import Params
 from metahpo.inner.explicit import explicit, under_torch_func
 from metahpo.inner.gradient import InnerLoss, Reverse
-from metahpo.inner.recompute import cut, fresh, recomputed, replaced
+from metahpo.inner.recompute import cut, fresh, pulled_back, recomputed, replaced
 
 # torch counts the nesting of dual levels for the process, not for the thread.
 _ONE_DUAL_LEVEL = threading.RLock()
@@ -102,7 +102,7 @@ class Mixed:
 
 def _product_by_func(outputs, params, others, seeds, last) -> list[Tensor]:
     def pulled(params: tuple[Tensor, ...], cotangents: tuple[Tensor, ...]):
-        return vjp(outputs, *params, *others)[1](cotangents)
+        return pulled_back(outputs, [*params, *others], cotangents)
 
     starts, slopes = _seeds_of(last, params[0])
     return list(jvp(pulled, (tuple(params), starts), (tuple(seeds), slopes))[1])

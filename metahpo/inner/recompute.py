@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.func import vjp
+from torch.func import grad
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 from metahpo.inner.explicit import depends, under_torch_func
@@ -125,7 +125,7 @@ def pull_by_reverse(run: Callable[[Any], Any]) -> Pull:
         given = tuple(c for c in cotangents if c is not None)
         inputs = [tensors[i] for i in wanted]
         if under_torch_func():
-            return vjp(outputs, *inputs)[1](given)
+            return pulled_back(outputs, inputs, given)
         # Not by torch.func, so that what it refuses can stand inside (saved-tensor hooks, dual numbers).
         twice = torch.is_grad_enabled()
         with torch.enable_grad():
@@ -137,6 +137,19 @@ def pull_by_reverse(run: Callable[[Any], Any]) -> Pull:
             return torch.autograd.grad(results, inputs, seeds, allow_unused=True, create_graph=twice)
 
     return pull
+
+
+def pulled_back(
+    function: Callable[..., tuple[Tensor, ...]], inputs: Sequence[Tensor], cotangents
+) -> tuple[Tensor, ...]:
+    """The vector-Jacobian product of ``function(*inputs)``, zeros for an input that it does not use."""
+
+    # By ``grad`` and not ``vjp``: torch 2.15 runs vjp's product after it has left its level, and there fails to make
+    # the zeros when the levels are nested.
+    def weighed(*inputs: Tensor) -> Tensor:
+        return torch.stack([(out * c).sum() for out, c in zip(function(*inputs), cotangents)]).sum()
+
+    return grad(weighed, argnums=tuple(range(len(inputs))))(*inputs)
 
 
 def replaced(tensors: Sequence[Tensor], places: Sequence[int], new: Sequence[Tensor]) -> list[Tensor]:
