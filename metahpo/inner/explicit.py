@@ -25,6 +25,13 @@ def under_torch_func() -> bool:
     return torch._C._are_functorch_transforms_active()
 
 
+def below_this_level(tensor: Tensor | None) -> Tensor | None:
+    """The tensor as a constant to the innermost ``torch.func.grad`` that runs now, and to that one alone."""
+    if tensor is None or not under_torch_func():
+        return tensor
+    return _functorch._unwrap_for_grad(tensor, _functorch.maybe_current_level())
+
+
 def explicit(function: Callable[..., Any], what: str) -> Callable[..., Any]:
     """The same function; it raises NetError where it computes with a captured tensor that a gradient should reach.
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.func import grad
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
-from metahpo.inner.explicit import depends, under_torch_func
+from metahpo.inner.explicit import below_this_level, depends, under_torch_func
 from metahpo.inner.randomness import Draws
 
 Cotangents = Sequence[Tensor | None]
@@ -111,7 +111,10 @@ class _Recomputed(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *cotangents: Tensor | None):
-        return None, *ctx.call.backward(ctx.saved_tensors, cotangents)
+        # ``torch.func.grad`` always records its own backward pass, though no one can differentiate at its level again;
+        # all that is computed again would be kept. Levels below, which may be differentiated, stay as they are.
+        tensors, cotangents = ([below_this_level(t) for t in ts] for ts in (ctx.saved_tensors, cotangents))
+        return None, *ctx.call.backward(tensors, cotangents)
 
 
 def pull_by_reverse(run: Callable[[Any], Any]) -> Pull:
