@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -144,7 +145,10 @@ def _reverse_by_autograd(loss: InnerLoss, params: Params, carry: Any, batch: Any
 def _refusals() -> Iterator[None]:
     """torch's own refusals, by name and with what to choose instead."""
     try:
-        yield
+        with warnings.catch_warnings():
+            # Of torch itself, where it makes a layer's forward mode.
+            warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated", FutureWarning)
+            yield
     except NotImplementedError as error:
         raise NetError(
             f"the inner gradient Mixed needs forward mode, which a layer of the net has not ({one_line(error)}); "

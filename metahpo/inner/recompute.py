@@ -113,8 +113,8 @@ class _Recomputed(torch.autograd.Function):
     def backward(ctx, *cotangents: Tensor | None):
         # ``torch.func.grad`` always records its own backward pass, though no one can differentiate at its level again;
         # all that is computed again would be kept. Levels below, which may be differentiated, stay as they are.
-        tensors, cotangents = ([below_this_level(t) for t in ts] for ts in (ctx.saved_tensors, cotangents))
-        return None, *ctx.call.backward(tensors, cotangents)
+        saved, given = ([below_this_level(t) for t in ts] for ts in (ctx.saved_tensors, cotangents))
+        return None, *ctx.call.backward(saved, given)
 
 
 def pull_by_reverse(run: Callable[[Any], Any]) -> Pull:
