@@ -85,7 +85,9 @@ class Mixed:
 
             last = [cotangents[count], *(cotangents[count + 1 + i] for i in carried)]
             product = _product_by_func if self.form == "func" else _product_by_dual
-            with _ONE_DUAL_LEVEL, _refusals():
+            with _ONE_DUAL_LEVEL, warnings.catch_warnings(), _refusals():
+                # torch's own, where it makes a layer's forward mode.
+                warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated", FutureWarning)
                 found = product(outputs, tensors[:count], [tensors[i] for i in others], seeds, last)
             by_place = dict(zip([*range(count), *others], found))
             return [by_place[i] for i in wanted]
@@ -145,10 +147,7 @@ def _reverse_by_autograd(loss: InnerLoss, params: Params, carry: Any, batch: Any
 def _refusals() -> Iterator[None]:
     """torch's own refusals, by name and with what to choose instead."""
     try:
-        with warnings.catch_warnings():
-            # Of torch itself, where it makes a layer's forward mode.
-            warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated", FutureWarning)
-            yield
+        yield
     except NotImplementedError as error:
         raise NetError(
             f"the inner gradient Mixed needs forward mode, which a layer of the net has not ({one_line(error)}); "

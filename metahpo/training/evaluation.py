@@ -12,6 +12,7 @@ from metahpo.learners.phase import Phase
 from metahpo.tasks.task import TaskSource
 from metahpo.training.engines import ENGINES
 from metahpo.training.environment import progress, seeded
+from metahpo.training.precision import precision
 from metahpo.training.settings import TrainingSettings
 
 
@@ -34,7 +35,7 @@ def evaluate(
         for first in range(0, count, size):
             numbers = range(first, min(first + size, count))
             batch = tasks.batch(numbers).to(device, non_blocking=True)
-            with seeded(settings.seed, first, device=device):
+            with seeded(settings.seed, first, device=device), precision(learner, settings):
                 found, answers = engine.evaluate(learner, batch, Phase())
             metrics.append(found)
             outputs.append(answers)

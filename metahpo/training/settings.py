@@ -36,6 +36,10 @@ class TrainingSettings(Settings):
         default=5, ge=1, description="checkpoints kept by validation score, and the size of the test ensemble"
     )
     engine: Literal["loop", "vmap"] = "loop"
+    precision: Literal["float32", "tf32", "bf16"] = Field(
+        default="float32",
+        description="of the net: tf32 rounds the inputs of products (CUDA; no change on a CPU), bf16 is autocast",
+    )
     device: str = Field(default="auto", description="auto, cpu, cuda, cuda:1, ...")
     seed: int = Field(default=0, ge=0)
 

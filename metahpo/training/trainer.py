@@ -21,6 +21,7 @@ from metahpo.training.environment import progress, seeded, versions
 from metahpo.training.evaluation import evaluate
 from metahpo.training.interrupts import Interrupted, Interrupts
 from metahpo.training.metrics import CsvLog, Row, SumOfMetrics, best_epochs, summarise
+from metahpo.training.precision import precision
 from metahpo.training.schedules import cosine
 from metahpo.training.settings import TrainingSettings
 
@@ -139,7 +140,8 @@ class Trainer:
     def _step(self, phase: Phase) -> float:
         numbers = self._numbers()
         tasks = self.train_tasks.batch(numbers).to(self.device, non_blocking=True)
-        with seeded(self.settings.seed, self.epoch, self.iteration, device=self.device):
+        seed = (self.settings.seed, self.epoch, self.iteration)
+        with seeded(*seed, device=self.device), precision(self.learner, self.settings):
             result = self.engine.meta_gradient(self.learner, tasks, phase)
         self._refuse_non_finite(result, numbers)
         params = self.learner.outer_params()
