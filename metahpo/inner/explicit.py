@@ -57,7 +57,8 @@ class _OnlyArguments(TorchFunctionMode):
     def __init__(self, arguments: Any, what: str):
         super().__init__()
         self.what = what
-        self.known = {id(leaf) for leaf in tree_leaves(arguments) if isinstance(leaf, Tensor)}
+        self.arguments = [leaf for leaf in tree_leaves(arguments) if isinstance(leaf, Tensor)]
+        self.known = {id(leaf) for leaf in self.arguments}
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
@@ -72,12 +73,28 @@ class _OnlyArguments(TorchFunctionMode):
         if id(tensor) in self.known or not depends(tensor):
             return
         # A transform inside the function wraps what it is given.
-        if any(id(level) in self.known for level in _levels(tensor)):
+        if any(id(level) in self.known for level in _levels(tensor)) or self._computed_here(tensor):
             return
         raise NetError(
             f"{self.what} computes ({getattr(func, '__name__', func)}) with a tensor {list(tensor.shape)} that "
             "requires grad but is not among its arguments, so its gradient would be lost; pass it in the batch"
         )
+
+    def _computed_here(self, tensor: Tensor) -> bool:
+        """Whether all that autograd sees behind the tensor is the arguments: a user's autograd.Function made it, which
+        is no torch function."""
+        if tensor.grad_fn is None or _functorch.is_functorch_wrapped_tensor(tensor):
+            return False
+        seen: set[Any] = {argument.grad_fn for argument in self.arguments} | {None}
+        nodes = [tensor.grad_fn]
+        while nodes:
+            node = nodes.pop()
+            if node not in seen:
+                seen.add(node)
+                nodes += [behind for behind, _ in node.next_functions]
+                if hasattr(node, "variable") and id(node.variable) not in self.known:
+                    return False
+        return True
 
 
 def _levels(tensor: Tensor):

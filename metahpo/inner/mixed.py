@@ -119,11 +119,14 @@ def _product_by_dual(outputs, params, others, seeds, last) -> list[Tensor]:
         starts = [forward_ad.make_dual(*pair) for pair in zip(*_seeds_of(last, params[0]))]
         pairs = [(out, start) for out, start in zip(outputs(*inputs), starts) if out.requires_grad]
         results, starts = zip(*pairs)
+        # With a graph though none may be asked for: the backward passes of some layers (group norm) have a forward mode
+        # in their differentiable form alone.
         grads = torch.autograd.grad(
-            results, inputs, starts, allow_unused=True, materialize_grads=True, create_graph=twice
+            results, inputs, starts, allow_unused=True, materialize_grads=True, create_graph=True
         )
         tangents = [forward_ad.unpack_dual(g).tangent for g in grads]
-        return [torch.zeros_like(x) if t is None else t for x, t in zip([*params, *others], tangents)]
+        tangents = [torch.zeros_like(x) if t is None else t for x, t in zip([*params, *others], tangents)]
+    return tangents if twice else cut(tangents)
 
 
 def _seeds_of(last, like: Tensor) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -19,6 +20,9 @@ from metahpo.inner.gradient import InnerGradient, InnerLoss
 from metahpo.inner.recompute import cut, pull_by_reverse, recomputed
 from metahpo.inner.rules.base import RuleState, UpdateRule
 from metahpo.inner.steps import Steps, take_steps
+
+# functional_call exchanges the parameters of the module itself, for all threads, while it runs.
+_ONE_CALL = threading.RLock()
 
 
 class Remat(Protocol):
@@ -43,7 +47,7 @@ class Every:
     k: int
 
     def __post_init__(self):
-        if not (isinstance(self.k, int) and self.k >= 1):
+        if type(self.k) is not int or self.k < 1:
             raise NetError(f"Every: k should be a number of steps of at least 1, found {self.k!r}")
 
     def segments(self, batches: Iterable[Any]) -> Iterator[list[Any]]:
@@ -78,7 +82,10 @@ def recomputed_steps(
 
     def update(params, grads, state, step, rates):
         arguments = (params, grads, state, step)
-        return functional_call(rule, rates, arguments) if rates else rule(*arguments)
+        if not rates:
+            return rule(*arguments)
+        with _ONE_CALL:
+            return functional_call(rule, rates, arguments)
 
     def take(loss, update, tree) -> Steps:
         start, batches, rates = tree
