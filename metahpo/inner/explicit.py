@@ -86,7 +86,7 @@ class _OnlyArguments(TorchFunctionMode):
         if tensor.grad_fn is None or _functorch.is_functorch_wrapped_tensor(tensor):
             return False
         seen: set[Any] = {argument.grad_fn for argument in self.arguments} | {None}
-        nodes = [tensor.grad_fn]
+        nodes: list[Any] = [tensor.grad_fn]
         while nodes:
             node = nodes.pop()
             if node not in seen:
