@@ -27,6 +27,7 @@ from metahpo.config import (
 )
 from metahpo.custom import brief, call, check_learner, check_source, reason
 from metahpo.errors import CheckpointError, ConfigError, NetError, did_you_mean
+from metahpo.inner import Every, Mixed, NoRemat, Remat, Reverse, Sqrt
 from metahpo.learners import MAML, MAMLPlusPlus, MetaLearner
 from metahpo.nets import MLP, Conv4
 from metahpo.tasks import Episodes, LabelledImages, Sinusoid, Task, TaskSource
@@ -113,7 +114,15 @@ def build_learner(config: RunConfig, example: Task) -> MetaLearner:
                 )
             return learner
         kind = MAML if isinstance(settings, MAMLSettings) else MAMLPlusPlus
-        return kind(net, loss=loss, **settings.model_dump(exclude={"name"}))
+        options = settings.model_dump(exclude={"name", "inner_gradient", "remat"})
+        gradient = Mixed() if settings.inner_gradient == "mixed" else Reverse()
+        return kind(net, loss=loss, gradient=gradient, remat=_remat(settings.remat), **options)
+
+
+def _remat(setting: int | str) -> Remat:
+    if isinstance(setting, int):
+        return Every(setting)
+    return Sqrt() if setting == "sqrt" else NoRemat()
 
 
 def build_net(config: RunConfig, example: Task) -> nn.Module:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Discriminator, Field, Tag, field_validator
+from pydantic import BeforeValidator, Discriminator, Field, Tag, field_validator
 
 from metahpo.training.settings import Settings, TrainingSettings
 
@@ -87,6 +87,24 @@ class CustomNet(Settings):
     args: dict[str, Any] = Field(default_factory=dict)
 
 
+def _remat(value: Any) -> Any:
+    if value in ("none", "sqrt") or (type(value) is int and value >= 1):
+        return value
+    raise ValueError("should be none, sqrt or a number of steps of at least 1")
+
+
+# How the outer gradient passes through the inner loop; the numbers are the same.
+InnerGradientName = Annotated[
+    Literal["reverse", "mixed"],
+    Field(description="mixed: forward over reverse, a fraction of the memory; not for every layer"),
+]
+RematName = Annotated[
+    int | str,
+    BeforeValidator(_remat),
+    Field(description="keep the state every N inner steps and compute the rest again; sqrt: N of their root"),
+]
+
+
 class MAMLSettings(Settings):
     name: Literal["maml"]
     steps: int = Field(default=5, ge=1)
@@ -94,6 +112,8 @@ class MAMLSettings(Settings):
     learn_lr: bool = Field(default=False, description="learn that one rate")
     first_order: bool = False
     adapt_norms: bool = Field(default=False, description="adapt batch-norm scales and shifts in the inner loop too")
+    inner_gradient: InnerGradientName = "reverse"
+    remat: RematName = "none"
 
 
 class MAMLPlusPlusSettings(Settings):
@@ -105,6 +125,8 @@ class MAMLPlusPlusSettings(Settings):
     per_step_statistics: bool = True
     per_step_affine: bool = True
     layer_step_rates: bool = True
+    inner_gradient: InnerGradientName = "reverse"
+    remat: RematName = "none"
 
 
 class CustomLearner(Settings):

@@ -17,6 +17,7 @@ from metahpo.learners import MetaLearner, Phase
 from metahpo.tasks import Task, TaskSource
 from metahpo.training.engines import ENGINES
 from metahpo.training.environment import seeded
+from metahpo.training.precision import precision
 from metahpo.training.settings import TrainingSettings
 
 
@@ -27,7 +28,7 @@ def check_learner(learner: MetaLearner, name: str, source: TaskSource, settings:
     device, engine = settings.torch_device(), ENGINES[tried]()
     learner.to(device)
     try:
-        with seeded(settings.seed, device=device):
+        with seeded(settings.seed, device=device), precision(learner, settings):
             batch = source.batch([0]).to(device)
             losses = engine.meta_gradient(learner, batch, learner.training_phase(0)).losses
             engine.evaluate(learner, batch, Phase())

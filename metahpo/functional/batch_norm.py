@@ -75,6 +75,10 @@ class PerStepBatchNorm(nn.Module):
         return new.train(norm.training)
 
     def forward(self, x: Tensor) -> Tensor:
+        # Under autocast x is of a lower type than the statistics; torch's kernels have no second derivative of the mix.
+        return self._normalise(x.to(self.running_mean.dtype)).to(x.dtype)
+
+    def _normalise(self, x: Tensor) -> Tensor:
         if x.dim() not in self.dims:
             raise NetError(f"batch norm expects {' or '.join(f'{d}D' for d in self.dims)} input, got {x.dim()}D")
         scale, shift = (None if rows is None else self._row(rows) for rows in (self.weight, self.bias))

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from metahpo import native
 from metahpo.functional.batch_norm import PerStepBatchNorm
@@ -30,11 +31,13 @@ def fuse(net: nn.Module) -> nn.Module:
 
 
 def runs_native(x: Tensor) -> bool:
-    """Whether the kernels can take ``x``: an image batch on the CPU, outside torch's function transforms."""
+    """Whether the kernels can take ``x``: an image batch on the CPU, outside torch's function transforms and forward
+    mode."""
     return (
         x.dim() == 4
         and x.device.type == "cpu"
         and not torch._C._functorch.maybe_current_level()
+        and forward_ad._current_level < 0
         and not torch.is_autocast_enabled("cpu")
         and native.library(x.dtype) is not None
     )

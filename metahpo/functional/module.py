@@ -11,6 +11,7 @@ import torch.utils.checkpoint
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
+from torch.utils._pytree import tree_map
 
 from metahpo.errors import NetError
 from metahpo.functional.batch_norm import PerStepBatchNorm, convert_batch_norm
@@ -41,6 +42,9 @@ class FunctionalModule(nn.Module):
         self._norms = [m for m in self.net.modules() if isinstance(m, PerStepBatchNorm)]
         self._probed: set[bool] = set()
         self._recurrent = is_recurrent(self.net)
+        # The type to which autocast lowers what it can of the net's forward pass, or None. It is entered in every call
+        # and not around several, as autocast is a thread's own, and a backward pass may call again from another.
+        self.autocast: torch.dtype | None = None
         own = {
             f"{name}.{kind}"
             for name, m in self.net.named_modules()
@@ -106,11 +110,19 @@ class FunctionalModule(nn.Module):
         # There is one profile hook: where a profiler has it, or a compiler is at work, a later call looks.
         watch = training not in self._probed and sys.getprofile() is None and not torch.compiler.is_compiling()
         with refuse_checkpointing(self.net) if watch else nullcontext(), twice_differentiable(self._recurrent):
-            output = functional_call(self.net, state, inputs)
+            output = self._call(state, inputs)
         if watch:
             self._probed.add(training)
         # functional_call writes buffers that the net replaced back into the dict it was given.
-        return output, {name: state[name] for name in buffers}
+        return output, {name: state[name].to(old.dtype) for name, old in buffers.items()}
+
+    def _call(self, state: Params, inputs: tuple[Tensor, ...]) -> Tensor:
+        if self.autocast is None:
+            return functional_call(self.net, state, inputs)
+        # Without its cache of lowered weights, which knows neither inner steps nor levels of torch.func.
+        with torch.autocast(inputs[0].device.type, self.autocast, cache_enabled=False):
+            output = functional_call(self.net, state, inputs)
+        return tree_map(lambda t: t.float() if isinstance(t, Tensor) and t.dtype == self.autocast else t, output)
 
     def _resolve(self, params: Params) -> Params:
         unknown = sorted(set(params) - set(self._alias))

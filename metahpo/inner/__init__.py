@@ -1,7 +1,13 @@
 """The one inner loop, its update rules and its gradients."""
 
 from metahpo.inner.gradient import FirstOrder as FirstOrder
+from metahpo.inner.gradient import InnerGradient as InnerGradient
 from metahpo.inner.gradient import Reverse as Reverse
+from metahpo.inner.mixed import Mixed as Mixed
+from metahpo.inner.remat import Every as Every
+from metahpo.inner.remat import NoRemat as NoRemat
+from metahpo.inner.remat import Remat as Remat
+from metahpo.inner.remat import Sqrt as Sqrt
 from metahpo.inner.rules import SGD as SGD
 from metahpo.inner.rules import LayerStepRates as LayerStepRates
 from metahpo.inner.rules import UpdateRule as UpdateRule

@@ -13,7 +13,9 @@ from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
 from metahpo.functional.trees import Params, map_tree
 
-# (params, carry, batch, step) -> (loss, carry): the carry (buffers, counters) goes from step to step.
+# (params, carry, batch, step) -> (loss, carry): the params are fitted; the carry (buffers, counters) goes from step to
+# step; the batch is all else that the step sees, data and whatever the outer loop differentiates (hyperparameters,
+# weights that are not adapted). A captured tensor should be a constant: Mixed and remat refuse any other.
 InnerLoss = Callable[[Params, Any, Any, int], tuple[Tensor, Any]]
 
 

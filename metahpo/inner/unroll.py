@@ -9,14 +9,16 @@ from torch import Tensor
 
 from metahpo.functional.trees import Params
 from metahpo.inner.gradient import InnerGradient, InnerLoss, Reverse
+from metahpo.inner.remat import NoRemat, Remat, recomputed_steps
 from metahpo.inner.rules.base import RuleState, UpdateRule
+from metahpo.inner.steps import take_steps
 
 
 class Trajectory(NamedTuple):
     """What an inner loop of K steps went through.
 
-    params: the final ones; steps: the K parameter dicts after each update (the last is ``params``); losses: the K
-    scalar losses before each update; carry, state: the loss's and the rule's after the last step.
+    params: the final ones; steps: the K parameter dicts after each update (the last is ``params``), or the last alone;
+    losses: the K scalar losses before each update; carry, state: the loss's and the rule's after the last step.
     """
 
     params: Params
@@ -34,17 +36,28 @@ def unroll(
     *,
     carry: Any = None,
     gradient: InnerGradient = Reverse(),
+    remat: Remat = NoRemat(),
+    keep_steps: bool = True,
 ) -> Trajectory:
     """Fits ``params`` by ``rule``, one update a batch; differentiable in all that it is given, as far as ``gradient``
     lets it.
 
-    loss: pure, ``(params, carry, batch, step) -> (scalar, carry)``; batches: what each step sees (for MAML the same
-    support set K times); carry: whatever one call of the loss leaves to the next, such as running statistics.
+    loss: pure, ``(params, carry, batch, step) -> (scalar, carry)``; batches: all that a step sees beside its parameters
+    (for MAML the same support set K times, with the weights that are not adapted); carry: whatever one call of the loss
+    leaves to the next, such as running statistics. remat: what the backward pass computes again to save memory; then,
+    as with ``Mixed``, the loss gets every tensor that an outer gradient should reach by its arguments. keep_steps:
+    whether the trajectory holds the parameters after every step, which costs their memory.
     """
-    state, steps, losses = rule.init(params), [], []
-    for step, batch in enumerate(batches):
-        grads, value, carry = gradient(loss, params, carry, batch, step)
-        params, state = rule(params, grads, state, step)
-        steps.append(params)
-        losses.append(value)
-    return Trajectory(params, steps, losses, carry, state)
+    start = (params, rule.init(params), carry)
+    segments = remat.segments(batches)
+    if segments is None:
+        params, state, carry, losses, steps = take_steps(loss, rule, gradient, start, batches, 0, keep_steps)
+        return Trajectory(params, steps if keep_steps else [params], losses, carry, state)
+    losses, steps = [], []
+    for segment in segments:
+        part = recomputed_steps(loss, rule, gradient, start, segment, len(losses), keep_steps)
+        start = (part.params, part.state, part.carry)
+        losses += part.losses
+        steps += part.kept
+    params, state, carry = start
+    return Trajectory(params, steps if keep_steps else [params], losses, carry, state)

@@ -23,7 +23,8 @@ class Adapted:
     """What a learner made of one support set.
 
     params: the fitted tensors by name (weights, prototypes, ...); phase: how it was fitted; buffers: running statistics
-    and other buffers after fitting; steps: the parameters after each inner step, where there are steps.
+    and other buffers after fitting; steps: the parameters after each inner step, or after the last alone, where there
+    are steps.
     """
 
     params: Params

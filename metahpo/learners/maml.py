@@ -11,7 +11,17 @@ from torch import Tensor, nn
 
 from metahpo.errors import NetError
 from metahpo.functional import FunctionalModule, Params, PerStepBatchNorm
-from metahpo.inner import SGD, FirstOrder, LayerStepRates, Reverse, UpdateRule, unroll
+from metahpo.inner import (
+    SGD,
+    FirstOrder,
+    InnerGradient,
+    LayerStepRates,
+    NoRemat,
+    Remat,
+    Reverse,
+    UpdateRule,
+    unroll,
+)
 from metahpo.learners.base import Adapted, Loss, MetaLearner, Metrics
 from metahpo.learners.phase import Improvements, Phase
 from metahpo.tasks.task import Task
@@ -24,7 +34,9 @@ class MAML(MetaLearner):
     inner_lr: their (initial) rate. learn_lr: whether the outer loop learns that one rate. loss: inner and outer loss.
     first_order: FOMAML, inner gradients are constants. improvements: those of MAML++, all off by default. adapt_norms:
     whether batch-norm scales and shifts are adapted with the rest; by default the outer loop alone learns them, as in
-    MAML++. rule: an update rule of your own in place of gradient descent at inner_lr.
+    MAML++. rule: an update rule of your own in place of gradient descent at inner_lr. gradient, remat: how the outer
+    gradient passes through the inner loop, at what memory (``Reverse``, ``Mixed``; ``NoRemat``, ``Every``, ``Sqrt``):
+    the numbers are the same; first order needs neither.
 
     A subclass that adapts other parameters (ANIL, BOIL) overrides ``adapted_names``; every improvement still applies.
     """
@@ -41,11 +53,13 @@ class MAML(MetaLearner):
         improvements: Improvements = Improvements(),
         adapt_norms: bool = False,
         rule: UpdateRule | None = None,
+        gradient: InnerGradient = Reverse(),
+        remat: Remat = NoRemat(),
     ):
         super().__init__(loss)
         if steps < 1:
             raise NetError(f"steps must be at least 1, found {steps}")
-        self.steps, self.first_order = steps, first_order
+        self.steps, self.first_order, self.gradient, self.remat = steps, first_order, gradient, remat
         self.improvements, self.adapt_norms = improvements, adapt_norms
         self.module = FunctionalModule(
             net,
@@ -81,31 +95,38 @@ class MAML(MetaLearner):
         return Adapted({name: params[name] for name in self.adapted_names()}, phase, self.module.buffers_by_name())
 
     def adapt(self, support_x: Tensor, support_y: Tensor, phase: Phase) -> Adapted:
-        def inner_loss(params: Params, buffers: Params, batch: tuple[Tensor, Tensor], step: int):
-            x, y = batch
-            outputs, buffers = self.module.apply_with(params, buffers, x, step=step, training=phase.training)
+        def inner_loss(params: Params, buffers: Params, batch: tuple[Tensor, Tensor, Params], step: int):
+            x, y, others = batch
+            outputs, buffers = self.module.apply_with(
+                {**params, **others}, buffers, x, step=step, training=phase.training
+            )
             return self.loss(outputs, y), buffers
 
         start = self.initial(phase)
+        # Those that the outer loop alone learns go in by the batch, where Mixed and remat see them.
+        others = {name: p for name, p in self.module.params().items() if name not in start.params}
+        first_order = self.first_order or phase.first_order
         trajectory = unroll(
             inner_loss,
             self.rule,
             start.params,
-            repeat((support_x, support_y), self.steps),
+            repeat((support_x, support_y, others), self.steps),
             carry=start.buffers,
-            gradient=FirstOrder() if self.first_order or phase.first_order else Reverse(),
+            gradient=FirstOrder() if first_order else self.gradient,
+            remat=NoRemat() if first_order else self.remat,
+            keep_steps=phase.step_weights is not None,
         )
         return Adapted(trajectory.params, phase, trajectory.carry, tuple(trajectory.steps))
 
     def predict(self, adapted: Adapted, x: Tensor) -> Tensor:
-        return self._predict(adapted, adapted.params, adapted.buffers, x, max(len(adapted.steps) - 1, 0))[0]
+        return self._predict(adapted, adapted.params, adapted.buffers, x, self.steps - 1 if adapted.steps else 0)[0]
 
     def meta_loss(self, task: Task, phase: Phase) -> tuple[Tensor, Metrics]:
         adapted = self.adapt(task.support_x, task.support_y, phase)
         buffers, outputs, losses = adapted.buffers, [], []
-        judged = range(self.steps) if phase.step_weights is not None else [self.steps - 1]
-        for step in judged:
-            output, buffers = self._predict(adapted, adapted.steps[step], buffers, task.query_x, step)
+        # Without weights the last step alone was kept.
+        for step, params in enumerate(adapted.steps, start=self.steps - len(adapted.steps)):
+            output, buffers = self._predict(adapted, params, buffers, task.query_x, step)
             outputs.append(output)
             losses.append(self.loss(output, task.query_y))
         loss = losses[0]

@@ -14,6 +14,7 @@ from metahpo.tasks.task import TaskSource
 from metahpo.training.distributed import current
 from metahpo.training.engines import ENGINES, Engine
 from metahpo.training.environment import progress, seeded
+from metahpo.training.precision import precision
 from metahpo.training.prefetch import batches_of
 from metahpo.training.settings import TrainingSettings
 
@@ -29,8 +30,8 @@ def evaluate(
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Runs the first ``count`` tasks: metrics by name, [count], and query outputs by kind, [count, N, ...], on the CPU.
 
-    engine: the settings' by default. each: called after every batch of tasks. Randomness, if a learner draws any, follows the settings' seed. Ranks share
-    the tasks of each batch, and all get all results.
+    engine: the settings' by default. each: called after every batch of tasks. Randomness, if a learner draws any,
+    follows the settings' seed. Ranks share the tasks of each batch, and all get all results.
     """
     engine = engine or ENGINES[settings.engine]()
     device, size = settings.torch_device(), settings.tasks
@@ -41,7 +42,7 @@ def evaluate(
     shares = (ranks.share(range(first, min(first + size, count))) for first in starts)
     with progress(title, count) as bar, closing(batches_of(tasks, shares, device)) as batches:
         for first, (numbers, batch) in zip(starts, batches):
-            with seeded(settings.seed, first, *ranks.seed, device=device):
+            with seeded(settings.seed, first, *ranks.seed, device=device), precision(learner, settings):
                 found, answers = engine.evaluate(learner, batch, Phase())
             metrics.append(found)
             outputs.append(answers)

@@ -40,6 +40,10 @@ class TrainingSettings(Settings):
         default="auto", description="how a batch of tasks is run; auto times those that fit and says which it takes"
     )
     check: bool = Field(default=False, description="compare the engine's gradient with loop's before the first step")
+    precision: Literal["float32", "tf32", "bf16"] = Field(
+        default="float32",
+        description="of the net: tf32 rounds the inputs of products (CUDA; no change on a CPU), bf16 is autocast",
+    )
     device: str = Field(default="auto", description="auto, cpu, cuda, cuda:1, ...")
     read_every: int = Field(default=10, ge=1, description="CUDA: steps between two looks at loss and finiteness")
     seed: int = Field(default=0, ge=0)

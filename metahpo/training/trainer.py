@@ -24,6 +24,7 @@ from metahpo.training.evaluation import evaluate
 from metahpo.training.finite import FiniteCheck
 from metahpo.training.interrupts import Interrupted, Interrupts
 from metahpo.training.metrics import CsvLog, Row, SumOfMetrics, best_epochs, summarise
+from metahpo.training.precision import precision
 from metahpo.training.prefetch import batches_of
 from metahpo.training.schedules import cosine
 from metahpo.training.settings import TrainingSettings
@@ -161,7 +162,8 @@ class Trainer:
         if not self._checked:
             check_engine(self.engine, self.learner, tasks, phase)
             self._checked = True
-        with seeded(self.settings.seed, self.epoch, self.iteration, *self.ranks.seed, device=self.device):
+        seed = (self.settings.seed, self.epoch, self.iteration, *self.ranks.seed)
+        with seeded(*seed, device=self.device), precision(self.learner, self.settings):
             result = self.engine.meta_gradient(self.learner, tasks, phase)
         result, signals = self.ranks.mean(result, numbers, signum)
         self._refuse(self._finite.add(self.epoch + 1, self.iteration + 1, numbers, result, signals))

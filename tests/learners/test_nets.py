@@ -149,7 +149,9 @@ def test_vmap_runs_a_recurrent_net_or_says_that_it_cannot():
     # torch's float64 kernel writes in place where vmap has no rule for it.
     batch = tasks().to(torch.float64)
     batch = batch._replace(support_y=batch.support_y.long(), query_y=batch.query_y.long())
-    with pytest.raises(NetError, match=r"engine vmap cannot run this MAMLPlusPlus .*; choose engine loop"):
+    with pytest.raises(
+        NetError, match=r"engine vmap cannot run module .lstm. \(LSTM\) .*; choose engine threads or loop"
+    ):
         VMap().meta_gradient(learner.double(), batch, phase)
 
 

@@ -24,7 +24,9 @@ class VMap:
 
     def meta_gradient(self, learner: MetaLearner, tasks: Task, phase: Phase) -> MetaGradient:
         learner.train(phase.training)
-        return _run(self.name, learner, lambda: batched_gradient(learner, learner.outer_params(), {}, tasks, phase))
+        # Detached: nothing outside of vmap is to be recorded for a second gradient.
+        outer = map_tree(torch.detach, learner.outer_params())
+        return _run(self.name, learner, lambda: batched_gradient(learner, outer, {}, tasks, phase))
 
     @torch.no_grad()
     def evaluate(self, learner: MetaLearner, tasks: Task, phase: Phase) -> tuple[Metrics, Params]:

@@ -1,0 +1,115 @@
+"""What a function depends on: its arguments, or tensors that it captured."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
+
+from metahpo.errors import NetError
+
+_functorch: Any = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def depends(tensor: Tensor) -> bool:
+    """Whether a gradient reaches the tensor, by autograd or at any level of ``torch.func``."""
+    return any(level.requires_grad for level in _levels(tensor))
+
+
+def under_torch_func() -> bool:
+    """Whether this code runs inside ``torch.func.grad``, ``vmap`` or another of its transforms."""
+    return torch._C._are_functorch_transforms_active()
+
+
+def below_this_level(tensor: Tensor | None) -> Tensor | None:
+    """The tensor as a constant to the innermost ``torch.func.grad`` that runs now, and to that one alone."""
+    if tensor is None or not under_torch_func():
+        return tensor
+    return _functorch._unwrap_for_grad(tensor, _functorch.maybe_current_level())
+
+
+def explicit(function: Callable[..., Any], what: str) -> Callable[..., Any]:
+    """The same function; it raises NetError where it computes with a captured tensor that a gradient should reach.
+
+    Its gradient with respect to that tensor would otherwise be lost without a word, wherever a backward pass runs the
+    function again on its arguments alone.
+    """
+    if torch.compiler.is_compiling():
+        return function
+
+    def call(*arguments: Any) -> Any:
+        with _OnlyArguments(arguments, what):
+            return function(*arguments)
+
+    return call
+
+
+class _OnlyArguments(TorchFunctionMode):
+    """Looks at every torch function that gives a result which a gradient reaches.
+
+    Tensors are known by their ``id``: a captured one lives longer than the call, so no temporary can have had its own.
+    """
+
+    def __init__(self, arguments: Any, what: str):
+        super().__init__()
+        self.what = what
+        self.arguments = [leaf for leaf in tree_leaves(arguments) if isinstance(leaf, Tensor)]
+        self.known = {id(leaf) for leaf in self.arguments}
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        found = [tensor for tensor in _tensors(result) if depends(tensor)]
+        if found:
+            for tensor in _tensors((*args, *(kwargs or {}).values())):
+                self._check(tensor, func)
+            self.known.update(map(id, found))
+        return result
+
+    def _check(self, tensor: Tensor, func: Any) -> None:
+        if id(tensor) in self.known or not depends(tensor):
+            return
+        # A transform inside the function wraps what it is given.
+        if any(id(level) in self.known for level in _levels(tensor)) or self._computed_here(tensor):
+            return
+        raise NetError(
+            f"{self.what} computes ({getattr(func, '__name__', func)}) with a tensor {list(tensor.shape)} that "
+            "requires grad but is not among its arguments, so its gradient would be lost; pass it in the batch"
+        )
+
+    def _computed_here(self, tensor: Tensor) -> bool:
+        """Whether all that autograd sees behind the tensor is the arguments: a user's autograd.Function made it, which
+        is no torch function."""
+        if tensor.grad_fn is None or _functorch.is_functorch_wrapped_tensor(tensor):
+            return False
+        seen: set[Any] = {argument.grad_fn for argument in self.arguments} | {None}
+        nodes: list[Any] = [tensor.grad_fn]
+        while nodes:
+            node = nodes.pop()
+            if node not in seen:
+                seen.add(node)
+                nodes += [behind for behind, _ in node.next_functions]
+                if hasattr(node, "variable") and id(node.variable) not in self.known:
+                    return False
+        return True
+
+
+def _levels(tensor: Tensor):
+    yield tensor
+    while _functorch.is_functorch_wrapped_tensor(tensor):
+        tensor = _functorch.get_unwrapped(tensor)
+        yield tensor
+
+
+def _tensors(tree: Any):
+    if isinstance(tree, Tensor):
+        yield tree
+    elif isinstance(tree, (tuple, list)):
+        for child in tree:
+            yield from _tensors(child)
+    elif isinstance(tree, dict):
+        for child in tree.values():
+            yield from _tensors(child)

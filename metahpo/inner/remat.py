@@ -1,0 +1,106 @@
+"""What an inner loop keeps for its backward pass, and what that computes again (rematerialisation)."""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+from torch.func import functional_call
+
+from metahpo.errors import NetError
+from metahpo.functional.trees import Params
+from metahpo.inner.explicit import explicit
+from metahpo.inner.gradient import InnerGradient, InnerLoss
+from metahpo.inner.recompute import cut, pull_by_reverse, recomputed
+from metahpo.inner.rules.base import RuleState, UpdateRule
+from metahpo.inner.steps import Steps, take_steps
+
+# functional_call exchanges the parameters of the module itself, for all threads, while it runs.
+_ONE_CALL = threading.RLock()
+
+
+class Remat(Protocol):
+    def segments(self, batches: Iterable[Any]) -> Iterator[list[Any]] | None:
+        """The batches in groups, each a stretch of steps that is computed again as one; None: nothing is."""
+        ...
+
+
+@dataclass(frozen=True)
+class NoRemat:
+    """Keeps all that every step needs."""
+
+    def segments(self, batches: Iterable[Any]) -> None:
+        return None
+
+
+@dataclass(frozen=True)
+class Every:
+    """Keeps the state of the loop before every k-th step, and computes the k steps after it again: one more forward
+    pass, and the memory of K/k states and of k steps."""
+
+    k: int
+
+    def __post_init__(self):
+        if type(self.k) is not int or self.k < 1:
+            raise NetError(f"Every: k should be a number of steps of at least 1, found {self.k!r}")
+
+    def segments(self, batches: Iterable[Any]) -> Iterator[list[Any]]:
+        left = iter(batches)
+        while group := list(islice(left, self.k)):
+            yield group
+
+
+@dataclass(frozen=True)
+class Sqrt:
+    """``Every(k)`` with k the square root of the number of steps, rounded up, which makes K/k + k smallest (Chen et al.
+    2016, "Training Deep Nets with Sublinear Memory Cost", section 4.1)."""
+
+    def segments(self, batches: Iterable[Any]) -> Iterator[list[Any]]:
+        batches = list(batches)
+        return Every(max(math.isqrt(len(batches) - 1) + 1, 1) if batches else 1).segments(batches)
+
+
+def recomputed_steps(
+    loss: InnerLoss,
+    rule: UpdateRule,
+    gradient: InnerGradient,
+    start: tuple[Params, RuleState, Any],
+    batches: list[Any],
+    first: int,
+    keep: bool,
+) -> Steps:
+    """``take_steps``, of which only the arguments are kept: a backward pass takes the steps again.
+
+    Raises NetError if the loss or a rule that is no module computes with a captured tensor that requires grad.
+    """
+
+    def update(params, grads, state, step, rates):
+        arguments = (params, grads, state, step)
+        if not rates:
+            return rule(*arguments)
+        with _ONE_CALL:
+            return functional_call(rule, rates, arguments)
+
+    def take(loss, update, tree) -> Steps:
+        start, batches, rates = tree
+        return take_steps(loss, lambda *arguments: update(*arguments, rates), gradient, start, batches, first, keep)
+
+    rates = dict(rule.named_parameters()) if isinstance(rule, nn.Module) else {}
+    watched, pull = explicit(loss, "the inner loss"), pull_by_reverse(lambda tree: take(loss, update, tree))
+    return recomputed(lambda tree: take(watched, _watched(update), tree), pull, (start, batches, rates))
+
+
+def _watched(update: Callable[..., Any]) -> Callable[..., Any]:
+    """Looked at with the tape on, where alone a captured tensor shows, and cut from it again."""
+
+    def call(*arguments: Any) -> Any:
+        with torch.enable_grad():
+            return cut(explicit(update, "the update rule")(*arguments))
+
+    return call
