@@ -101,7 +101,7 @@ def squared_error(outputs: jax.Array, y: jax.Array) -> jax.Array:
 
 
 def make(problem: Problem, tasks: Task) -> Step:
-    """The compiled meta-step; its gradients come back as torch tensors on the CPU's side only when they are asked for."""
+    """The compiled meta-step."""
     cuda = tasks.query_x.is_cuda
     if cuda and jax.default_backend() != "gpu":
         raise LeftOut("JAX is installed without a GPU")

@@ -6,6 +6,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import io
+import os
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import redirect_stderr
@@ -26,7 +27,11 @@ Grads = dict[str, Tensor]
 
 
 class LeftOut(Exception):
-    """Why a peer does not take part."""
+    """Why a contender does not take part."""
+
+
+class Broken(LeftOut):
+    """It would have, and failed."""
 
 
 def load(module: str) -> ModuleType:
@@ -153,6 +158,8 @@ def torchopt(problem: Problem, tasks: Task) -> Step:
 
 def jax(problem: Problem, tasks: Task) -> Step:
     """``jax.jit`` of ``vmap`` of ``grad``."""
+    # Else it takes most of the GPU's memory for itself.
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     load("jax")
     from inner_loop.peer_jax import make
 

@@ -23,7 +23,7 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """Blocks over [N, length, features] (``in_shape`` is (length, features)) to logits [N, out_features]; no dropout."""
+    """Sequences [N, length, features], of ``in_shape`` (length, features), to logits [N, out_features], no dropout."""
 
     def __init__(self, in_shape: tuple[int, int], out_features: int, width: int = 64, heads: int = 4, blocks: int = 2):
         super().__init__()
