@@ -53,12 +53,12 @@ def test_the_inner_loop_benchmark_measures_and_compares(tmp_path):
     [
         (["--workload", "omniglut"], "omniglut"),
         (["--rounds", "0"], "expected a whole number of at least 1, found '0'"),
-        (["--json", "none/figures.json"], "--json none/figures.json: no such folder"),
+        (["--json", "no/such/figures.json"], "--json no/such/figures.json: no such folder"),
     ],
 )
-def test_bad_flags_of_the_benchmark_give_one_line(tmp_path, flags, expected):
+def test_bad_flags_of_the_benchmark_give_one_line(flags, expected):
     command = [sys.executable, SCRIPTS / "benchmark_inner_loop.py", *flags]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=tmp_path)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 2
     assert expected in done.stderr
     assert done.stderr.count("\n") == 1
