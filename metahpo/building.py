@@ -22,6 +22,7 @@ from metahpo.config import (
     MAMLSettings,
     MLPSettings,
     OmniglotSettings,
+    ResNet12Settings,
     RunConfig,
     SinusoidSettings,
 )
@@ -29,7 +30,7 @@ from metahpo.custom import brief, call, check_learner, check_source, reason
 from metahpo.errors import CheckpointError, ConfigError, NetError, did_you_mean
 from metahpo.inner import Every, Mixed, NoRemat, Remat, Reverse, Sqrt
 from metahpo.learners import MAML, MAMLPlusPlus, MetaLearner
-from metahpo.nets import MLP, Conv4
+from metahpo.nets import MLP, Conv4, ResNet12
 from metahpo.tasks import Episodes, LabelledImages, Sinusoid, Task, TaskSource
 from metahpo.training.checkpoint import CheckpointStore
 from metahpo.training.distributed import current
@@ -134,11 +135,14 @@ def build_net(config: RunConfig, example: Task) -> nn.Module:
         if not isinstance(net, nn.Module):
             raise ConfigError(f"net.name: {settings.name} gave {type(net).__name__}, expected a torch.nn.Module")
         return net
-    if isinstance(settings, Conv4Settings) and len(shape["in_shape"]) != 3:
-        raise NetError(f"net conv4 takes images [C, H, W]; the data gives {list(shape['in_shape'])}; choose mlp")
+    if isinstance(settings, (Conv4Settings, ResNet12Settings)) and len(shape["in_shape"]) != 3:
+        found = list(shape["in_shape"])
+        raise NetError(f"net {settings.name} takes images [C, H, W]; the data gives {found}; choose mlp")
     try:
         if isinstance(settings, MLPSettings):
             return MLP(**shape, hidden=settings.hidden)
+        if isinstance(settings, ResNet12Settings):
+            return ResNet12(**shape, widths=settings.widths, slope=settings.slope)
         return Conv4(**shape, filters=settings.filters, slope=settings.slope)
     except (RuntimeError, MemoryError, OverflowError, TypeError) as error:
         raise NetError(f"net {settings.name} of this size cannot be made: {brief(error)}") from error

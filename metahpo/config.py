@@ -75,6 +75,14 @@ class Conv4Settings(Settings):
     slope: float = Field(default=0.01, ge=0, description="of the leaky ReLU; 0: ReLU")
 
 
+class ResNet12Settings(Settings):
+    name: Literal["resnet12"]
+    widths: tuple[Annotated[int, Field(ge=1)], ...] = Field(
+        default=(64, 128, 256, 512), min_length=4, max_length=4, description="channels of each block"
+    )
+    slope: float = Field(default=0.1, ge=0, description="of the leaky ReLU; 0: ReLU")
+
+
 class MLPSettings(Settings):
     name: Literal["mlp"]
     hidden: tuple[Annotated[int, Field(ge=1)], ...] = (40, 40)
@@ -152,7 +160,7 @@ UNIONS: dict[str, dict[str, type[Settings]]] = {
         "sinusoid": SinusoidSettings,
         "custom": CustomTasks,
     },
-    "net": {"conv4": Conv4Settings, "mlp": MLPSettings, "custom": CustomNet},
+    "net": {"conv4": Conv4Settings, "resnet12": ResNet12Settings, "mlp": MLPSettings, "custom": CustomNet},
     "learner": {"maml": MAMLSettings, "maml_pp": MAMLPlusPlusSettings, "custom": CustomLearner},
 }
 NAME_KEY = {"data": "source", "net": "name", "learner": "name"}
@@ -166,7 +174,10 @@ Data = Annotated[
     _tag("source"),
 ]
 Net = Annotated[
-    Annotated[Conv4Settings, Tag("conv4")] | Annotated[MLPSettings, Tag("mlp")] | Annotated[CustomNet, Tag("custom")],
+    Annotated[Conv4Settings, Tag("conv4")]
+    | Annotated[ResNet12Settings, Tag("resnet12")]
+    | Annotated[MLPSettings, Tag("mlp")]
+    | Annotated[CustomNet, Tag("custom")],
     _tag("name"),
 ]
 Learner = Annotated[

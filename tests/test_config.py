@@ -81,6 +81,7 @@ def test_a_bare_name_means_its_defaults(config):
     loaded = load_config(config("data: glyphs\nnet: mlp\nlearner: maml_pp\ntraining:\n"))
     assert (loaded.data.ways, loaded.net.hidden, loaded.learner.steps, loaded.training.tasks) == (5, (40, 40), 5, 8)
     assert loaded.run_dir is None
+    assert load_config(config("data: glyphs\nnet: resnet12\nlearner: maml\n")).net.widths == (64, 128, 256, 512)
 
 
 def test_overrides_change_add_and_replace(config):
@@ -109,7 +110,7 @@ def test_numbers_with_exponents_are_numbers(config, text):
         ("data=glyfs", "data.source: did you mean 'glyphs'?"),
         ("learner=mmaml", "learner.name: did you mean 'maml'? should be one of maml, maml_pp, or MODULE:NAME"),
         ("net=3", "net: should be a name or a section, found 3"),
-        ("net={}", "key 'net.name' is missing; one of conv4, mlp, or MODULE:NAME of your own"),
+        ("net={}", "key 'net.name' is missing; one of conv4, resnet12, mlp, or MODULE:NAME of your own"),
         ("net=my net:f", "net.name: should be MODULE:NAME, found 'my net:f'"),
         ("data={source: folder}", "key 'data.root' is missing"),
         (
@@ -117,6 +118,7 @@ def test_numbers_with_exponents_are_numbers(config, text):
             "net.filters: should be a valid integer, unable to parse string as an integer, found 'abc'",
         ),
         ("net={name: mlp, hidden: [4, 0]}", "net.hidden.1: should be greater than or equal to 1, found 0"),
+        ("net={name: resnet12, widths: [4, 5]}", "net.widths: "),
         ("training=5", "training: should be a section of keys, found 5"),
         ("training.lr=-1", "training.lr: should be greater than 0, found -1"),
         ("training.lr=.inf", "training.lr: should be finite, found inf"),

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
+import torch
+
+from metahpo.training.engines import ENGINES
 
 SCRIPTS = Path(__file__).resolve().parents[1] / "scripts"
 
@@ -33,3 +39,53 @@ def test_mixed_mode_with_remat_takes_a_fraction_of_the_memory(tmp_path):
     assert peaks["reverse", "none"] > 4 * peaks["mixed", "sqrt"]
     assert peaks["reverse", "none"] > 2 * peaks["reverse", "sqrt"]
     assert picture.stat().st_size > 0
+
+
+def test_the_inner_loop_benchmark_measures_and_compares(tmp_path):
+    figures = tmp_path / "figures.json"
+    command = [sys.executable, SCRIPTS / "benchmark_inner_loop.py", "--quick", "--float64", "--json", figures]
+    # A busy machine may take many times the minute that it needs.
+    done = subprocess.run(command, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stdout + done.stderr
+    result = json.loads(figures.read_text())
+    assert {"cpu", "cores", "threads", "gpu", "torch"} <= set(result["machine"])
+    names: dict[str, set[str]] = {}
+    for row in result["rows"]:
+        names.setdefault(row["workload"], set()).add(row["name"])
+        assert row["device"] == "cpu"
+        assert row["kind"] == ("engine" if row["name"] in ENGINES else "peer")
+        assert 0 < row["min_s"] <= row["median_s"]
+        assert row["peak_bytes"] is None or row["peak_bytes"] >= 0
+        # Float32 rounds: a figure of zero would be the reference compared with itself.
+        assert 0 < row["relative_error"] <= 1e-5
+        assert row["kind"] == "peer" or row["relative_error_float64"] <= 1e-10
+    assert set(names) == {"omniglot", "maml_pp", "mini_imagenet", "resnet12", "mlp", "transformer"}
+    assert all({"loop", "vmap", "plain_loop", "plain_vmap"} <= found for found in names.values())
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        (["--workload", "omniglut"], "omniglut"),
+        (["--rounds", "0"], "expected a whole number of at least 1, found '0'"),
+        (["--json", "no/such/figures.json"], "--json no/such/figures.json: no such folder"),
+    ],
+)
+def test_bad_flags_of_the_benchmark_give_one_line(flags, expected):
+    command = [sys.executable, SCRIPTS / "benchmark_inner_loop.py", *flags]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 2
+    assert expected in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_a_wrong_gradient_is_told():
+    sys.path.insert(0, str(SCRIPTS))
+    try:
+        measure = importlib.import_module("inner_loop.measure")
+    finally:
+        sys.path.remove(str(SCRIPTS))
+    right = {"a": torch.tensor([3.0, 0.0]), "b": torch.tensor([[4.0]])}
+    wrong = {"a": torch.tensor([3.0, 0.5]), "b": torch.tensor([[4.0]])}
+    assert measure.relative_error(wrong, right) == pytest.approx(0.1)
+    assert measure.union([(0.0, 2.0), (1.0, 3.0), (1.5, 2.5), (5.0, 6.0)]) == 4.0
