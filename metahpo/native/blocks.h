@@ -3,16 +3,14 @@
 #define METAHPO_BLOCKS_H
 #include "common.h"
 
-/* y[r, :] = bias or old y + sum over taps and channels, for R pixels and NV vectors of output channels. */
+/* y[r, :] = bias, or the old y, + sum over taps and channels, for R pixels and NV vectors of output channels. The sum is
+ * made apart and added last, so that a long one made in pieces rounds as several short ones. */
 INLINE void conv_block(const int R, const int NV, const REAL *x, const int *pixel, const REAL *w, long ldw,
                        const int *tap, int taps, int C, const REAL *bias, REAL *y, long ldy, int tail)
 {
     vec acc[ROWS][COLS];
     UNROLL for (int r = 0; r < R; r++)
-        UNROLL for (int v = 0; v < NV; v++) {
-            if (bias) acc[r][v] = load(bias + v * LANES);
-            else memcpy(&acc[r][v], y + r * ldy + v * LANES, (v == NV - 1 ? tail : LANES) * sizeof(REAL));
-        }
+        UNROLL for (int v = 0; v < NV; v++) acc[r][v] = (vec){0};
     const REAL *px[ROWS];
     for (int t = 0; t < taps; t++) {
         UNROLL for (int r = 0; r < R; r++) px[r] = x + tap[t] + pixel[r];
@@ -27,8 +25,13 @@ INLINE void conv_block(const int R, const int NV, const REAL *x, const int *pixe
     }
     UNROLL for (int r = 0; r < R; r++)
         UNROLL for (int v = 0; v < NV; v++) {
-            if (v == NV - 1 && tail < LANES) memcpy(y + r * ldy + v * LANES, &acc[r][v], tail * sizeof(REAL));
-            else store(y + r * ldy + v * LANES, acc[r][v]);
+            REAL *to = y + r * ldy + v * LANES;
+            if (v < NV - 1 || tail == LANES) {
+                store(to, acc[r][v] + load(bias ? bias + v * LANES : to));
+                continue;
+            }
+            vec a = acc[r][v];
+            for (int i = 0; i < tail; i++) to[i] = a[i] + (bias ? bias[v * LANES + i] : to[i]);
         }
 }
 

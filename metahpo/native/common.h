@@ -15,6 +15,7 @@ enum { BYTES = 32, ROWS = 6, COLS = 2 }; /* 16 registers. */
 enum { BYTES = 16, ROWS = 7, COLS = 3 };
 #endif
 enum { LANES = BYTES / sizeof(REAL) };
+enum { TERMS = 640 }; /* Summed one after the other; more are summed in pieces, for the sake of rounding. */
 typedef REAL vec __attribute__((vector_size(BYTES)));
 typedef REAL uvec __attribute__((vector_size(BYTES), aligned(sizeof(REAL)), may_alias));
 #define INLINE static inline __attribute__((always_inline))

@@ -33,7 +33,7 @@ int conv(const REAL *x, const REAL *w, const REAL *bias, REAL *y, long N, int H,
 {
     if (K == 3 && winograd_pays(H, W, C, O)) return winograd(x, w, bias, y, N, H, W, C, O, transposed, accumulate);
     Images s = {N, H, W, C, K};
-    int taps = K * K, repack = transposed || O % LANES;
+    int taps = K * K, repack = transposed || O % LANES, at_once = TERMS > C ? TERMS / C : 1;
     long G = group_size(s), Op = round_up(O), pixels = G * H * W;
     Scratch room = scratch((round_up(padded_size(s, G)) + Op + (repack ? taps * C * Op : 0)) * sizeof(REAL) +
                            (pixels + taps) * sizeof(int));
@@ -52,11 +52,15 @@ int conv(const REAL *x, const REAL *w, const REAL *bias, REAL *y, long N, int H,
     for (long n = 0; n < N; n += G) {
         long images = N - n < G ? N - n : G, P = images * H * W;
         pad(xp, x + n * H * W * C, images, H, W, C, K / 2, H + K - 1, W + K - 1);
-        for (long p = 0; p < P; p += ROWS)
-            for (int o = 0; o < O; o += COLS * LANES) {
+        /* Output channels outermost: their share of the weights is read from the cache by all pixels. */
+        for (int o = 0; o < O; o += COLS * LANES)
+            for (int t = 0; t < taps; t += at_once) {
                 int left = O - o < COLS * LANES ? O - o : COLS * LANES, NV = (left + LANES - 1) / LANES;
-                conv_any(P - p < ROWS ? (int)(P - p) : ROWS, NV, xp, pixel + p, w + o, Op, tap, taps, C,
-                         accumulate ? 0 : bp + o, y + (n * H * W + p) * O + o, O, left - (NV - 1) * LANES);
+                int now = taps - t < at_once ? taps - t : at_once;
+                for (long p = 0; p < P; p += ROWS)
+                    conv_any(P - p < ROWS ? (int)(P - p) : ROWS, NV, xp, pixel + p, w + (long)t * C * Op + o, Op, tap + t,
+                             now, C, accumulate || t ? 0 : bp + o, y + (n * H * W + p) * O + o, O,
+                             left - (NV - 1) * LANES);
             }
     }
     return 0;

@@ -63,11 +63,11 @@ INLINE void norm_forward_run(const int m, const int pool, int c0, const REAL *y,
 {
     long n = N * H * W, pooled = N * (H / pool) * (W / pool);
     double s1[RUN] = {0}, s2[RUN] = {0};
-    REAL a[RUN], b[RUN], shift[RUN], sign[RUN];
-    CHANNELS {
-        shift[c] = y[c0 + c];
-        sign[c] = gamma[c0 + c] > 0 ? 1 : gamma[c0 + c] < 0 ? -1 : 0;
-    }
+    REAL a[RUN], b[RUN], shift[RUN] = {0}, sign[RUN];
+    CHANNELS sign[c] = gamma[c0 + c] > 0 ? 1 : gamma[c0 + c] < 0 ? -1 : 0;
+    /* The first image's mean, near enough to that of all that the square taken off below is small. */
+    for (int h = 0; h < H; h++) row_sums(m, y + (long)h * W * C + c0, shift, s1, s2, W, C);
+    CHANNELS { shift[c] = s1[c] / (H * W); s1[c] = s2[c] = 0; }
     for (long i = 0; i < N; i++)
         for (int h = 0; h < H; h++) {
             const REAL *row = y + (i * H + h) * W * C + c0;

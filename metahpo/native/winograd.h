@@ -12,7 +12,7 @@ enum { TILES = 4 * ROWS }; /* Worked on together: their transforms stay in the s
 /* Small images have too many tiles that stick out; other channels would need padding. */
 static int winograd_pays(int H, int W, int C, int O)
 {
-    return H >= 6 && W >= 6 && C % LANES == 0 && O % LANES == 0 && C >= 2 * LANES;
+    return H >= 4 && W >= 4 && C % LANES == 0 && O % LANES == 0 && C >= 2 * LANES;
 }
 
 /* d -> B' d B */
@@ -153,9 +153,13 @@ static int winograd(const REAL *x, const REAL *w, const REAL *bias, REAL *y, lon
             for (int k = 0; k < 16; k++)
                 for (int o = 0; o < O; o += COLS * LANES) {
                     int NV = (O - o < COLS * LANES ? O - o : COLS * LANES) / LANES;
-                    for (int r = 0; r < tiles; r += ROWS)
-                        conv_any(tiles - r < ROWS ? tiles - r : ROWS, NV, V + (long)k * TILES * C, row + r,
-                                 U + k * CO + o, O, &tap, 1, C, zero, M + ((long)k * TILES + r) * O + o, O, LANES);
+                    for (int c = 0; c < C; c += TERMS / 4) {
+                        int now = C - c < TERMS / 4 ? C - c : TERMS / 4;
+                        for (int r = 0; r < tiles; r += ROWS)
+                            conv_any(tiles - r < ROWS ? tiles - r : ROWS, NV, V + (long)k * TILES * C + c, row + r,
+                                     U + k * CO + (long)c * O + o, O, &tap, 1, now, c ? 0 : zero,
+                                     M + ((long)k * TILES + r) * O + o, O, LANES);
+                    }
                 }
             for (int i = 0; i < tiles; i++) {
                 long at = (p + i) % per;
