@@ -49,8 +49,8 @@ def main() -> int:
     faults: list[str] = []
     for name in options.workload or SPECS:
         faults += run(name, options, result)
-    if options.json:
-        options.json.write_text(json.dumps(result, indent=2) + "\n")
+        if options.json:
+            options.json.write_text(json.dumps(result, indent=2) + "\n")
     for fault in faults:
         print(f"WRONG: {fault}")
     return 1 if faults else 0
@@ -95,6 +95,8 @@ def run(name: str, options: argparse.Namespace, result: dict[str, Any]) -> list[
     for who, kind in KINDS.items():
         if options.only and who not in options.only:
             continue
+        if sys.stderr.isatty():
+            print(f"\r\033[K{name}: {who}", end="\r", file=sys.stderr, flush=True)
         try:
             if options.quick and not options.only and name in SLOW_TO_COMPILE.get(who, ()):
                 raise LeftOut(f"compiles for long; --quick --only {who} runs it")
