@@ -102,16 +102,23 @@ def plain_vmap(problem: Problem, tasks: Task) -> Step:
 
 
 def higher(problem: Problem, tasks: Task) -> Step:
-    """``higher.innerloop_ctx``; an optimizer over some of the parameters leaves the others alone."""
+    """``higher.innerloop_ctx``; an optimizer over some of the parameters leaves the others alone.
+
+    It would still differentiate each inner loss by them, back through all the steps before; detached they cost nothing.
+    """
     only_maml(problem)
     library, net, loss = load("higher"), problem.net, problem.loss
+    adapted = [name in problem.fast for name, _ in net.named_parameters()]
     optimizer = torch.optim.SGD([problem.outer[name] for name in problem.fast], lr=problem.lr)
 
     def loss_of(task: Task) -> Tensor:
         with library.innerloop_ctx(net, optimizer, copy_initial_weights=False) as (patched, rule):
+            params = list(patched.parameters())
             for _ in problem.step_weights:
-                rule.step(loss(patched(task.support_x), task.support_y))
-            return loss(patched(task.query_x), task.query_y)
+                value = loss(patched(task.support_x, params=params), task.support_y)
+                new = rule.step(value, [p if wanted else p.detach() for p, wanted in zip(params, adapted)])
+                params = [n if wanted else p for n, p, wanted in zip(new, params, adapted)]
+            return loss(patched(task.query_x, params=params), task.query_y)
 
     return lambda: backward(problem, tasks, loss_of)
 
