@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_map
 
 from metahpo.errors import NetError
 from metahpo.functional.batch_norm import PerStepBatchNorm, convert_batch_norm
+from metahpo.functional.conv_choice import batched_convolutions
 from metahpo.functional.fused import fuse
 from metahpo.functional.kernels import is_recurrent, twice_differentiable
 from metahpo.functional.trees import Params
@@ -109,7 +110,11 @@ class FunctionalModule(nn.Module):
             state |= {name: buffers[name].clone() for name in self._foreign_buffers if name in buffers}
         # There is one profile hook: where a profiler has it, or a compiler is at work, a later call looks.
         watch = training not in self._probed and sys.getprofile() is None and not torch.compiler.is_compiling()
-        with refuse_checkpointing(self.net) if watch else nullcontext(), twice_differentiable(self._recurrent):
+        with (
+            refuse_checkpointing(self.net) if watch else nullcontext(),
+            twice_differentiable(self._recurrent),
+            batched_convolutions(inputs),
+        ):
             output = self._call(state, inputs)
         if watch:
             self._probed.add(training)

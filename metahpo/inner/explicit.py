@@ -11,13 +11,12 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from metahpo.errors import NetError
-
-_functorch: Any = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]
+from metahpo.functional.levels import functorch, levels
 
 
 def depends(tensor: Tensor) -> bool:
     """Whether a gradient reaches the tensor, by autograd or at any level of ``torch.func``."""
-    return any(level.requires_grad for level in _levels(tensor))
+    return any(level.requires_grad for level in levels(tensor))
 
 
 def under_torch_func() -> bool:
@@ -29,7 +28,7 @@ def below_this_level(tensor: Tensor | None) -> Tensor | None:
     """The tensor as a constant to the innermost ``torch.func.grad`` that runs now, and to that one alone."""
     if tensor is None or not under_torch_func():
         return tensor
-    return _functorch._unwrap_for_grad(tensor, _functorch.maybe_current_level())
+    return functorch._unwrap_for_grad(tensor, functorch.maybe_current_level())
 
 
 def explicit(function: Callable[..., Any], what: str) -> Callable[..., Any]:
@@ -73,7 +72,7 @@ class _OnlyArguments(TorchFunctionMode):
         if id(tensor) in self.known or not depends(tensor):
             return
         # A transform inside the function wraps what it is given.
-        if any(id(level) in self.known for level in _levels(tensor)) or self._computed_here(tensor):
+        if any(id(level) in self.known for level in levels(tensor)) or self._computed_here(tensor):
             return
         raise NetError(
             f"{self.what} computes ({getattr(func, '__name__', func)}) with a tensor {list(tensor.shape)} that "
@@ -83,7 +82,7 @@ class _OnlyArguments(TorchFunctionMode):
     def _computed_here(self, tensor: Tensor) -> bool:
         """Whether all that autograd sees behind the tensor is the arguments: a user's autograd.Function made it, which
         is no torch function."""
-        if tensor.grad_fn is None or _functorch.is_functorch_wrapped_tensor(tensor):
+        if tensor.grad_fn is None or functorch.is_functorch_wrapped_tensor(tensor):
             return False
         seen: set[Any] = {argument.grad_fn for argument in self.arguments} | {None}
         nodes: list[Any] = [tensor.grad_fn]
@@ -95,13 +94,6 @@ class _OnlyArguments(TorchFunctionMode):
                 if hasattr(node, "variable") and id(node.variable) not in self.known:
                     return False
         return True
-
-
-def _levels(tensor: Tensor):
-    yield tensor
-    while _functorch.is_functorch_wrapped_tensor(tensor):
-        tensor = _functorch.get_unwrapped(tensor)
-        yield tensor
 
 
 def _tensors(tree: Any):

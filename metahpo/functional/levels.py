@@ -1,0 +1,28 @@
+"""What ``torch.func`` wraps a tensor in."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+functorch: Any = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def levels(tensor: Tensor) -> Iterator[Tensor]:
+    """The tensor, and what each transform that runs now has wrapped in it, from the innermost transform outwards."""
+    yield tensor
+    while functorch.is_functorch_wrapped_tensor(tensor):
+        tensor = functorch.get_unwrapped(tensor)
+        yield tensor
+
+
+def batch_size(tensor: Tensor) -> int | None:
+    """The size of the dimension over which ``torch.func.vmap`` runs; None where the tensor is the same for all, or
+    several ``vmap`` run over it."""
+    batched = [level for level in levels(tensor) if functorch.is_batchedtensor(level)]
+    if len(batched) != 1:
+        return None
+    return functorch.get_unwrapped(batched[0]).shape[functorch.maybe_get_bdim(batched[0])]
