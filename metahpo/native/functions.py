@@ -19,6 +19,11 @@ from metahpo.native.build import library
 
 def conv2d(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Convolution of [N, C, H, W] with [O, C, K, K] (K odd), stride 1, zero padding K // 2: [N, O, H, W]."""
+    _, inputs, size, _ = weight.shape
+    if x.dim() != 4 or x.shape[1] != inputs or x.numel() == 0 or weight.shape[3] != size or size % 2 == 0:
+        raise ValueError(f"conv2d does not fit: images {tuple(x.shape)}, weight {tuple(weight.shape)}")
+    if x.dtype != weight.dtype or (bias is not None and x.dtype != bias.dtype):
+        raise TypeError(f"conv2d needs one type, got images {x.dtype} and weight {weight.dtype}")
     return _Conv.apply(x, weight, bias)  # type: ignore[no-any-return]
 
 
@@ -30,6 +35,10 @@ def norm_act_pool(
     scale, shift: [C]; slope: of the activation's negative side (0: ReLU; 1: none); pool: 2, or 1 for none. Returns the
     output [N, C, H // pool, W // pool], and the batch mean and 1 / sqrt(variance + eps), [C], without gradient.
     """
+    if y.dim() != 4 or y.numel() == 0 or not scale.shape == shift.shape == y.shape[1:2] or min(y.shape[2:]) < pool:
+        raise ValueError(f"norm_act_pool does not fit: images {tuple(y.shape)}, scale {tuple(scale.shape)}")
+    if not y.dtype == scale.dtype == shift.dtype:
+        raise TypeError(f"norm_act_pool needs one type, got images {y.dtype} and scale {scale.dtype}")
     return _Norm.apply(y, scale, shift, eps, slope, pool)  # type: ignore[no-any-return]
 
 
@@ -82,14 +91,14 @@ class _Norm(Function):
     @staticmethod
     def forward(ctx: Any, y: Tensor, scale: Tensor, shift: Tensor, eps: float, slope: float, pool: int):
         given = y, scale
-        y, scale = _images(y), scale.contiguous()
+        y, scale, shift = _images(y), scale.contiguous(), shift.contiguous()
         n, c, h, w = y.shape
         out = _empty(y, n, c, h // pool, w // pool)
         chosen = torch.empty_like(out) if pool == 2 else y
         code = torch.empty(out.numel(), dtype=torch.uint8)
         mean, rstd = y.new_empty(c), y.new_empty(c)
         _library(y).norm_forward(
-            *_pointers(y, scale, shift.contiguous(), chosen, code, out, mean, rstd),
+            *_pointers(y, scale, shift, chosen, code, out, mean, rstd),
             *_sizes(y),
             pool,
             *_reals(eps, slope),
@@ -153,7 +162,7 @@ class _NormBackward(Function):
 
 
 def _conv(x: Tensor, w: Tensor, b: Tensor | None, *, transposed: bool = False, onto: Tensor | None = None) -> Tensor:
-    x, taps = _images(x), _taps(w)
+    x, taps, b = _images(x), _taps(w), b if b is None else b.contiguous()
     outputs, inputs = (w.shape[1], w.shape[0]) if transposed else w.shape[:2]
     y = onto if onto is not None else _empty(x, x.shape[0], outputs, x.shape[2], x.shape[3])
     n, _, height, width = x.shape

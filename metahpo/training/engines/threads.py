@@ -21,6 +21,7 @@ from metahpo.learners.phase import Phase
 from metahpo.native import conv_taps
 from metahpo.tasks.task import Task
 from metahpo.training.engines.base import MetaGradient, mean_metrics
+from metahpo.training.engines.refusal import refusal
 
 T = TypeVar("T")
 
@@ -64,7 +65,7 @@ class Threads:
         return stack_trees([metrics for metrics, _ in results]), stack_trees([outputs for _, outputs in results])
 
     def _each(self, learner: MetaLearner, phase: Phase, one: Callable[[MetaLearner, int], T], count: int) -> list[T]:
-        if next(iter(learner.parameters())).is_cuda:
+        if any(param.is_cuda for param in learner.parameters()):
             raise NetError("engine threads runs on the CPU only; choose vmap, trace or graph for CUDA")
         learner.train(phase.training)
         drawn = torch.get_rng_state()
@@ -115,7 +116,10 @@ def fused_copy(learner: MetaLearner) -> MetaLearner:
     A thread needs its own, because to run a module with other parameters is to change it for a moment.
     """
     shared = {id(t): _shared(t) for t in [*learner.parameters(), *learner.buffers()]}
-    twin = copy.deepcopy(learner, shared)
+    try:
+        twin = copy.deepcopy(learner, shared)
+    except (TypeError, RuntimeError) as error:  # A lock, an open file, a tensor with a history.
+        raise refusal("threads", learner, error, "vmap or loop") from error
     for module in twin.modules():
         if isinstance(module, FunctionalModule):
             module.fuse()
