@@ -7,13 +7,15 @@ Each gradient is itself a ``torch.autograd.Function`` with a gradient; a third d
 from __future__ import annotations
 
 import ctypes
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
+from metahpo.errors import NetError
 from metahpo.native.build import library
 
 
@@ -47,6 +49,37 @@ def conv_taps(weight: Tensor) -> Tensor:
     return weight.permute(2, 3, 1, 0).contiguous().permute(3, 2, 0, 1)
 
 
+def _last(backward: Callable[..., tuple[Any, ...]]) -> Callable[..., tuple[Any, ...]]:
+    """``backward`` as the last derivative there is.
+
+    torch's ``once_differentiable`` will not do: ``autograd.grad`` never visits the node that it leaves to raise.
+    """
+
+    @functools.wraps(backward)
+    def run(ctx: Any, *cotangents: Tensor | None) -> tuple[Any, ...]:
+        with torch.no_grad():
+            results = backward(ctx, *cotangents)
+        if not torch.is_grad_enabled():
+            return results
+        found = [r for r in results if r is not None]
+        marked = iter(_NoThird.apply(len(found), *found, *cotangents, *ctx.saved_tensors))  # type: ignore[arg-type]
+        return tuple(r if r is None else next(marked) for r in results)
+
+    return run
+
+
+class _NoThird(Function):
+    """Hands on its first tensors; their gradient, with respect to any of the rest, is refused."""
+
+    @staticmethod
+    def forward(ctx: Any, count: int, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+        return tensors[:count]
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any):  # type: ignore[override]
+        raise NetError("the CPU kernels have no third derivative; choose engine vmap or loop")
+
+
 class _Conv(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
@@ -69,7 +102,7 @@ class _ConvBackward(Function):
         return _conv(gy, w, None, transposed=True) if for_x else None, gw, gb
 
     @staticmethod
-    @once_differentiable
+    @_last
     def backward(ctx: Any, vx: Tensor | None, vw: Tensor | None, vb: Tensor | None):  # type: ignore[override]
         gy, x, w = ctx.saved_tensors
         ggy = gx = gw = None
@@ -142,7 +175,7 @@ class _NormBackward(Function):
         return gy, gscale, gshift
 
     @staticmethod
-    @once_differentiable
+    @_last
     def backward(ctx: Any, vy: Tensor | None, vscale: Tensor | None, vshift: Tensor | None):  # type: ignore[override]
         go, y, scale, chosen, code, mean, rstd, gscale, gshift = ctx.saved_tensors
         slope, pool = ctx.settings

@@ -191,7 +191,7 @@ def test_names_stay_and_tied_weights_stay_tied():
         Conv4((3, 20, 21), 5, filters=16),
         Conv4((3, 9, 8), 5, filters=6, slope=0.0),
         ResNet12((3, 9, 8), 5, widths=(3, 4, 16, 5)),
-        head(nn.BatchNorm2d(3, affine=False, track_running_stats=False), nn.ReLU()),
+        head(nn.BatchNorm2d(3, affine=False, track_running_stats=False), nn.ReLU(), nn.Conv2d(3, 2, 1)),
     ],
     ids=["conv4", "conv4_relu", "resnet12", "no_affine"],
 )
