@@ -241,7 +241,7 @@ def test_what_the_kernels_cannot_take_runs_as_before(calls):
         module.double()
     with pytest.raises(RuntimeError, match="float"):
         ours(params, x.float())
-    with pytest.raises(RuntimeError, match="expected input.* to have 3 channels"):
+    with pytest.raises(RuntimeError, match=r"expected input.* to have 3 channels"):
         ours(params, x[:, :2])
     assert calls == []
     with pytest.raises(RuntimeError, match="too small"):

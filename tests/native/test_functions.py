@@ -165,7 +165,9 @@ def test_ties_go_where_torch_sends_them(slope):
 def test_gradients_pass_gradgradcheck():
     torch.autograd.gradgradcheck(native.conv2d, leaves((2, 3, 4, 3), (2, 3, 3, 3), (2,)))
     for pool in (1, 2):
-        torch.autograd.gradgradcheck(lambda *a: norm(*a, 0.2, pool), leaves((2, 2, 4, 3), (2,), (2,)), atol=1e-4)
+        torch.autograd.gradgradcheck(
+            lambda *a, pool=pool: norm(*a, 0.2, pool), leaves((2, 2, 4, 3), (2,), (2,)), atol=1e-4
+        )
 
 
 @compiled
