@@ -106,8 +106,8 @@ class HeadOnly(MAML):
 def test_all_equal_loop_in_every_phase(engine, name, kind):
     if name == "lstm" and engine is not Threads:
         pytest.skip("torch's float64 LSTM has no rule for vmap")
-    if name == "resnet12" and engine is Trace:
-        pytest.skip("recording it takes long, and shows no more than conv4")
+    if engine is Trace and (name == "resnet12" or (name, kind) == ("conv4", MAML)):
+        pytest.skip("recording it takes long, and shows no more than conv4 with MAML++")
     learner, tasks, engine = build(name, kind), images(), engine()
     phases = [learner.training_phase(0), replace(learner.training_phase(99), first_order=True), Phase(training=True)]
     for phase in phases:
@@ -149,11 +149,10 @@ def test_threads_run_any_number_of_tasks_the_same_twice(count):
 )
 def test_threads_refuse_dropout_by_name_in_training_alone(net, module):
     learner = MAML(net, steps=1, loss=lambda out, y: out.square().mean()).double()
-    tasks = (
-        images() if isinstance(net, nn.Sequential) else Task(*(t.flatten(0, 1).squeeze(1)[:, None] for t in images()))
-    )
+    tasks = images()
     if not isinstance(net, nn.Sequential):
-        tasks = Task(tasks.support_x, tasks.support_x, tasks.query_x, tasks.query_x)
+        support, query = tasks.support_x.squeeze(2), tasks.query_x.squeeze(2)
+        tasks = Task(support, support, query, query)
     with pytest.raises(NetError, match=f"engine threads cannot run {module}: it draws random numbers"):
         Threads().meta_gradient(learner, tasks, Phase(training=True))
     Threads().evaluate(learner, tasks, Phase())
@@ -284,7 +283,7 @@ def test_other_shapes_run_as_vmap_with_one_warning():
 
 def test_a_record_sees_what_changes_and_takes_no_other_learner_for_its_own():
     learner, engine = build("mlp"), Trace()
-    optimizer = torch.optim.SGD(learner.outer_params().values(), lr=0.5)
+    optimizer = torch.optim.SGD(learner.outer_params().values(), lr=0.01)
     for epoch in (0, 1, 5, 99):
         for seed in (1, 2):
             phase, tasks = learner.training_phase(epoch), images(seed=seed)
@@ -484,7 +483,8 @@ class Nowhere(MetaLearner):
 
 @pytest.mark.parametrize("engine", [Loop, Threads, VMap, Trace, Auto])
 def test_ours_pass_the_check(engine):
-    learner, tasks = build().float(), Task(*(t.float() if t.is_floating_point() else t for t in images()))
+    learner = build("conv4" if engine is Threads else "mlp").float()
+    tasks = Task(*(t.float() if t.is_floating_point() else t for t in images()))
     learner.module.autocast = torch.bfloat16
     before = torch.get_rng_state()
     check_engine(engine(), learner, tasks, learner.training_phase(0))
