@@ -105,10 +105,12 @@ def _links(modules: list[nn.Module]) -> list[_Link]:
     links = []
     while modules:
         norm = modules.pop(0)
-        if type(norm) is not PerStepBatchNorm or _hooked(norm):
+        own = type(norm).forward is not PerStepBatchNorm.forward
+        if not isinstance(norm, PerStepBatchNorm) or own or _hooked(norm):
             links.append(_Link([norm]))
             continue
-        parts, slope, pool = [norm], 1.0, 1
+        parts: list[nn.Module] = [norm]
+        slope, pool = 1.0, 1
         if modules and (found := _slope(modules[0])) is not None:
             slope = found
             parts.append(modules.pop(0))

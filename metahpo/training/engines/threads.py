@@ -93,8 +93,9 @@ class Threads:
 def _drawing(learner: MetaLearner) -> str:
     """The module that probably draws random numbers."""
     for name, module in learner.named_modules():
-        if isinstance(module, nn.modules.dropout._DropoutNd) or getattr(module, "dropout", 0.0) not in (0, 0.0, None):
-            return f"module {name.removeprefix('module.net.')!r} ({type(module).__name__})"
+        rate = getattr(module, "p" if isinstance(module, nn.modules.dropout._DropoutNd) else "dropout", None)
+        if isinstance(rate, float) and rate > 0:
+            return f"module {name.removeprefix('module.net').removeprefix('.')!r} ({type(module).__name__})"
     return f"this {type(learner).__name__}"
 
 
