@@ -37,8 +37,11 @@ def test_training_ones_own_net_and_the_learners_of_ones_own():
     tasks = Episodes(load_glyphs(), "train", ways=5, shots=1, queries=2).batch(range(2))
     tasks = tasks._replace(support_x=tasks.support_x.double(), query_x=tasks.query_x.double())
     for learner in (names["learner"], names["Prototypes"](Conv4((1, 28, 28), 16, filters=4))):
-        results = [engine().meta_gradient(learner.double(), tasks, Phase(training=True)) for engine in ENGINES.values()]
-        torch.testing.assert_close(results[0].grads, results[1].grads, rtol=1e-10, atol=1e-10)
+        # Not graph, which takes minutes to compile, nor auto, which is one of the others.
+        engines = [ENGINES[name]() for name in ("loop", "threads", "vmap", "trace")]
+        results = [engine.meta_gradient(learner.double(), tasks, Phase(training=True)) for engine in engines]
+        for result in results[1:]:
+            torch.testing.assert_close(result.grads, results[0].grads, rtol=1e-10, atol=1e-10)
         assert results[0].loss.isfinite()
         assert results[0].metrics["buffers"], "running statistics are handed out"
         learner.update_buffers(results[0].metrics["buffers"])

@@ -96,7 +96,8 @@ class PerStepBatchNorm(nn.Module):
 
     def fusible(self, x: Tensor) -> bool:
         """Whether ``fused`` can normalise ``x``: an image batch, by its own statistics."""
-        return not self.inductive and x.dim() == 4 and 4 in self.dims and x.numel() > x.shape[1]
+        fits = x.dim() == 4 and 4 in self.dims and x.shape[1] == self.num_features
+        return not self.inductive and fits and x.numel() > x.shape[1]
 
     def fused(self, x: Tensor, slope: float, pool: int) -> Tensor:
         """``forward``, then a leaky ReLU of ``slope`` and max pooling by ``pool`` (1 or 2), in one C kernel."""

@@ -2,57 +2,54 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import functools
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 
 from metahpo import native
 from metahpo.functional.batch_norm import PerStepBatchNorm
+from metahpo.functional.kernels import in_forward_mode
 
 
-def fuse(net: nn.Module) -> nn.Module:
-    """``net`` changed to run on the C kernels where they can stand in; parameters and buffers keep their names.
+def fuse(net: nn.Module) -> None:
+    """Changes ``net`` to run on the C kernels where they can stand in; it keeps its modules and all their attributes.
 
     A ``Conv2d`` with an odd square kernel, stride 1 and "same" zero padding is taken; so is, inside an
     ``nn.Sequential``, a ``PerStepBatchNorm`` with the ReLU or leaky ReLU and 2 x 2 max pooling that follow it. What
     does not fit, and any input that is not a CPU image batch in float32 or float64, runs as before.
     """
-    if _plain_sequence(net):
-        net = _Chain(net)
-    for name, child in list(net.named_children()):
-        fused = _Conv2d(child) if _fits(child) else fuse(child)
-        if fused is not child:
-            net._modules[name] = fused
-    if isinstance(net, _Chain):
-        net.plan()
-    return net
+    # By their classes, as a forward method of a module's own would refer back to it: each copy of a net would stay in
+    # memory until Python looks for cycles.
+    for module in net.modules():
+        if _fits(module):
+            module.__class__ = _Conv2d
+        elif _plain_sequence(module):
+            module.__class__ = _chained(type(module))
+            module.links = _links(list(module._modules.values()))  # type: ignore[arg-type]
 
 
-def runs_native(x: Tensor) -> bool:
-    """Whether the kernels can take ``x``: an image batch on the CPU, outside torch's function transforms and forward
-    mode."""
+def runs_native(x: Tensor, *params: Tensor | None) -> bool:
+    """Whether the kernels can take ``x`` with ``params``: an image batch on the CPU, all of one type, outside torch's
+    function transforms and forward mode."""
     return (
         x.dim() == 4
         and x.device.type == "cpu"
+        and x.numel() > 0
+        and all(p is None or p.dtype == x.dtype for p in params)
         and not torch._C._functorch.maybe_current_level()
-        and forward_ad._current_level < 0
+        and not in_forward_mode(x, *params)
         and not torch.is_autocast_enabled("cpu")
         and native.library(x.dtype) is not None
     )
 
 
 class _Conv2d(nn.Conv2d):
-    """A ``Conv2d`` that shares another's parameters and runs on the C kernel."""
-
-    def __init__(self, conv: nn.Conv2d):
-        super().__init__(conv.in_channels, conv.out_channels, conv.kernel_size[0], padding="same", device="meta")  # type: ignore[arg-type]
-        self.weight, self.bias = conv.weight, conv.bias
-        self.train(conv.training)
+    """A ``Conv2d`` that runs on the C kernel."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if runs_native(x) and x.dtype == self.weight.dtype:
+        if runs_native(x, self.weight, self.bias) and x.shape[1] == self.in_channels:
             return native.conv2d(x, self.weight, self.bias)
         return super().forward(x)
 
@@ -83,39 +80,49 @@ class _Link(NamedTuple):
 
 
 class _Chain(nn.Sequential):
-    """The modules of an ``nn.Sequential`` under their names, batch norms fused with what follows them."""
+    """An ``nn.Sequential`` whose batch norms are fused with what follows them."""
 
-    def __init__(self, sequence: nn.Sequential):
-        super().__init__()
-        for name, module in sequence.named_children():
-            self.add_module(name, module)
-        self.train(sequence.training)
-        self.links: list[_Link] = []
+    links: list[_Link] | None = None  # None: a slice of a chain, which torch makes.
 
-    def plan(self) -> None:
-        modules = list(self.children())
-        while modules:
-            norm = modules.pop(0)
-            if not isinstance(norm, PerStepBatchNorm) or _hooked(norm):
-                self.links.append(_Link([norm]))
-                continue
-            parts, slope, pool = [norm], 1.0, 1
-            if modules and (found := _slope(modules[0])) is not None:
-                slope = found
-                parts.append(modules.pop(0))
-            if modules and _halves(modules[0]):
-                pool = 2
-                parts.append(modules.pop(0))
-            self.links.append(_Link(parts, norm, slope, pool))
-
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Any) -> Any:
+        if self.links is None:
+            return super().forward(x)
         for modules, norm, slope, pool in self.links:
-            if norm is not None and norm.fusible(x) and runs_native(x):
+            if norm is not None and isinstance(x, Tensor) and _fusible(norm, x, pool):
                 x = norm.fused(x, slope, pool)
             else:
                 for module in modules:
                     x = module(x)
         return x
+
+
+@functools.cache
+def _chained(kind: type[nn.Sequential]) -> type[nn.Sequential]:
+    return type(kind.__name__, (_Chain, kind), {})
+
+
+def _links(modules: list[nn.Module]) -> list[_Link]:
+    links = []
+    while modules:
+        norm = modules.pop(0)
+        own = type(norm).forward is not PerStepBatchNorm.forward
+        if not isinstance(norm, PerStepBatchNorm) or own or _hooked(norm):
+            links.append(_Link([norm]))
+            continue
+        parts: list[nn.Module] = [norm]
+        slope, pool = 1.0, 1
+        if modules and (found := _slope(modules[0])) is not None:
+            slope = found
+            parts.append(modules.pop(0))
+        if modules and _halves(modules[0]):
+            pool = 2
+            parts.append(modules.pop(0))
+        links.append(_Link(parts, norm, slope, pool))
+    return links
+
+
+def _fusible(norm: PerStepBatchNorm, x: Tensor, pool: int) -> bool:
+    return norm.fusible(x) and min(x.shape[2:]) >= pool and runs_native(x, norm.weight, norm.bias, norm.running_mean)
 
 
 def _plain_sequence(module: nn.Module) -> bool:
@@ -145,6 +152,6 @@ def _halves(module: nn.Module) -> bool:
 
 
 def _hooked(module: nn.Module) -> bool:
-    return bool(
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    )
+    """Whether more runs than the class's forward method: a hook, or a forward method of the module's own."""
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return any(hooks) or "forward" in vars(module)

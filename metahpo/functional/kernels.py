@@ -7,7 +7,8 @@ import threading
 from collections.abc import Iterator
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 _cuda = torch.backends.cuda
 _ATTENTION_KERNELS = (
@@ -19,6 +20,9 @@ _ATTENTION_KERNELS = (
 _entered = threading.Lock()
 _depth = {"attention": 0, "recurrent": 0}
 _stacks: dict[str, contextlib.ExitStack] = {}
+# torch counts the nesting of dual levels for the process, not for the thread.
+_one_dual_level = threading.RLock()
+_here = threading.local()
 
 
 def is_recurrent(net: nn.Module) -> bool:
@@ -41,6 +45,30 @@ def twice_differentiable(recurrent: bool) -> Iterator[None]:
     finally:
         for kind in kinds:
             _leave(kind)
+
+
+@contextlib.contextmanager
+def forward_mode() -> Iterator[None]:
+    """Inside it this thread, and no other, may enter dual levels (``torch.func.jvp``, ``forward_ad.dual_level``)."""
+    with _one_dual_level:
+        before = getattr(_here, "forward_mode", False)
+        _here.forward_mode = True
+        try:
+            yield
+        finally:
+            _here.forward_mode = before
+
+
+def in_forward_mode(*tensors: Tensor | None) -> bool:
+    """Whether this thread is inside ``forward_mode``, or a tensor given has a tangent.
+
+    A dual level alone says nothing: it may be another thread's.
+    """
+    if getattr(_here, "forward_mode", False):
+        return True
+    if forward_ad._current_level < 0:
+        return False
+    return any(t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors)
 
 
 # The choices are torch's globals: with several threads inside, the first makes them and the last takes them back.

@@ -60,7 +60,7 @@ class FunctionalModule(nn.Module):
 
     def fuse(self) -> None:
         """Runs the net on the C kernels from now on, where they can stand in (``metahpo.functional.fused``)."""
-        self.net = fuse(self.net)
+        fuse(self.net)
 
     @property
     def batch_dependent(self) -> bool:

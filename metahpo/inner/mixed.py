@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,13 +15,11 @@ from torch.func import jvp
 from torch.utils._pytree import tree_leaves
 
 from metahpo.errors import NetError, one_line
+from metahpo.functional.kernels import forward_mode
 from metahpo.functional.trees import Params
 from metahpo.inner.explicit import explicit, under_torch_func
 from metahpo.inner.gradient import InnerLoss, Reverse
 from metahpo.inner.recompute import cut, fresh, pulled_back, recomputed, replaced
-
-# torch counts the nesting of dual levels for the process, not for the thread.
-_ONE_DUAL_LEVEL = threading.RLock()
 
 
 @dataclass(frozen=True)
@@ -84,7 +81,7 @@ class Mixed:
 
             last = [cotangents[count], *(cotangents[count + 1 + i] for i in carried)]
             product = _product_by_func if self.form == "func" else _product_by_dual
-            with _ONE_DUAL_LEVEL, warnings.catch_warnings(), _refusals():
+            with forward_mode(), warnings.catch_warnings(), _refusals():
                 # torch's own, where it makes a layer's forward mode.
                 warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated", FutureWarning)
                 found = product(outputs, tensors[:count], [tensors[i] for i in others], seeds, last)

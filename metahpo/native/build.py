@@ -10,6 +10,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
+import threading
 import warnings
 from pathlib import Path
 
@@ -31,6 +32,8 @@ _FLAGS = (
     "-w",
 )
 _CTYPES = {torch.float32: "float", torch.float64: "double"}
+_one_at_a_time = threading.Lock()
+_told: list[str] = []
 
 
 @functools.cache
@@ -40,6 +43,12 @@ def library(dtype: torch.dtype) -> ctypes.CDLL | None:
     They are compiled by the machine's C compiler ($CC, cc, gcc or clang) for its own processor at first use, which
     takes a few seconds, and kept in $XDG_CACHE_HOME/metahpo or ~/.cache/metahpo. $METAHPO_NATIVE=0 does without.
     """
+    with _one_at_a_time:  # Threads that ask at once: the first compiles or warns, the others get what it got.
+        return _loaded(dtype)
+
+
+@functools.cache
+def _loaded(dtype: torch.dtype) -> ctypes.CDLL | None:
     if dtype not in _CTYPES or os.environ.get("METAHPO_NATIVE") == "0":
         return None
     compiler = next((c for c in (os.environ.get("CC"), "cc", "gcc", "clang") if c and shutil.which(c)), None)
@@ -50,7 +59,7 @@ def library(dtype: torch.dtype) -> ctypes.CDLL | None:
         return ctypes.CDLL(str(_compiled(compiler, _CTYPES[dtype])))
     except subprocess.CalledProcessError as error:
         _without(f"{compiler} failed: {one_line(error.stderr or error)}")
-    except (OSError, subprocess.TimeoutExpired) as error:
+    except (OSError, RuntimeError, subprocess.TimeoutExpired) as error:  # RuntimeError: no home folder is known.
         _without(one_line(error))
     return None
 
@@ -93,4 +102,6 @@ def _has_avx512() -> bool:
 
 
 def _without(reason: str) -> None:
-    warnings.warn(f"metahpo's CPU kernels are not used, torch's are: {reason}", stacklevel=4)
+    if not _told:
+        _told.append(reason)
+        warnings.warn(f"metahpo's CPU kernels are not used, torch's are: {reason}", stacklevel=5)

@@ -1,6 +1,7 @@
 /* What the kernels share: the vector type, blocking that fits the registers, scratch memory of each thread. */
 #ifndef METAHPO_COMMON_H
 #define METAHPO_COMMON_H
+#include <pthread.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -25,10 +26,12 @@ INLINE vec load(const REAL *from) { return *(const uvec *)from; }
 INLINE void store(REAL *to, vec value) { *(uvec *)to = value; }
 INLINE long round_up(long n) { return (n + LANES - 1) / LANES * LANES; }
 
-/* Memory that a thread keeps from call to call. */
+/* Memory that a thread keeps from call to call, and frees when it ends. */
 typedef char *Scratch;
 static __thread char *held;
 static __thread size_t held_bytes;
+static pthread_key_t at_end;
+__attribute__((constructor)) static void make_key(void) { pthread_key_create(&at_end, free); }
 
 static Scratch scratch(size_t bytes)
 {
@@ -38,6 +41,7 @@ static Scratch scratch(size_t bytes)
         held_bytes = (bytes + 4095) / 4096 * 4096;
         held = aligned_alloc(64, held_bytes);
         if (!held) held_bytes = 0;
+        pthread_setspecific(at_end, held);
     }
     return held;
 }

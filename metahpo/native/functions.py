@@ -7,18 +7,25 @@ Each gradient is itself a ``torch.autograd.Function`` with a gradient; a third d
 from __future__ import annotations
 
 import ctypes
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
+from metahpo.errors import NetError
 from metahpo.native.build import library
 
 
 def conv2d(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Convolution of [N, C, H, W] with [O, C, K, K] (K odd), stride 1, zero padding K // 2: [N, O, H, W]."""
+    _, inputs, size, _ = weight.shape
+    if x.dim() != 4 or x.shape[1] != inputs or x.numel() == 0 or weight.shape[3] != size or size % 2 == 0:
+        raise ValueError(f"conv2d does not fit: images {tuple(x.shape)}, weight {tuple(weight.shape)}")
+    if x.dtype != weight.dtype or (bias is not None and x.dtype != bias.dtype):
+        raise TypeError(f"conv2d needs one type, got images {x.dtype} and weight {weight.dtype}")
     return _Conv.apply(x, weight, bias)  # type: ignore[no-any-return]
 
 
@@ -30,12 +37,47 @@ def norm_act_pool(
     scale, shift: [C]; slope: of the activation's negative side (0: ReLU; 1: none); pool: 2, or 1 for none. Returns the
     output [N, C, H // pool, W // pool], and the batch mean and 1 / sqrt(variance + eps), [C], without gradient.
     """
+    if y.dim() != 4 or y.numel() == 0 or not scale.shape == shift.shape == y.shape[1:2] or min(y.shape[2:]) < pool:
+        raise ValueError(f"norm_act_pool does not fit: images {tuple(y.shape)}, scale {tuple(scale.shape)}")
+    if not y.dtype == scale.dtype == shift.dtype:
+        raise TypeError(f"norm_act_pool needs one type, got images {y.dtype} and scale {scale.dtype}")
     return _Norm.apply(y, scale, shift, eps, slope, pool)  # type: ignore[no-any-return]
 
 
 def conv_taps(weight: Tensor) -> Tensor:
     """``weight`` [O, C, K, K] laid out in memory as [K, K, C, O], as the kernels want it."""
     return weight.permute(2, 3, 1, 0).contiguous().permute(3, 2, 0, 1)
+
+
+def _last(backward: Callable[..., tuple[Any, ...]]) -> Callable[..., tuple[Any, ...]]:
+    """``backward`` as the last derivative there is.
+
+    torch's ``once_differentiable`` will not do: ``autograd.grad`` never visits the node that it leaves to raise.
+    """
+
+    @functools.wraps(backward)
+    def run(ctx: Any, *cotangents: Tensor | None) -> tuple[Any, ...]:
+        with torch.no_grad():
+            results = backward(ctx, *cotangents)
+        if not torch.is_grad_enabled():
+            return results
+        found = [r for r in results if r is not None]
+        marked = iter(_NoThird.apply(len(found), *found, *cotangents, *ctx.saved_tensors))  # type: ignore[arg-type]
+        return tuple(r if r is None else next(marked) for r in results)
+
+    return run
+
+
+class _NoThird(Function):
+    """Hands on its first tensors; their gradient, with respect to any of the rest, is refused."""
+
+    @staticmethod
+    def forward(ctx: Any, count: int, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+        return tensors[:count]
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any):  # type: ignore[override]
+        raise NetError("the CPU kernels have no third derivative; choose engine vmap or loop")
 
 
 class _Conv(Function):
@@ -60,7 +102,7 @@ class _ConvBackward(Function):
         return _conv(gy, w, None, transposed=True) if for_x else None, gw, gb
 
     @staticmethod
-    @once_differentiable
+    @_last
     def backward(ctx: Any, vx: Tensor | None, vw: Tensor | None, vb: Tensor | None):  # type: ignore[override]
         gy, x, w = ctx.saved_tensors
         ggy = gx = gw = None
@@ -82,14 +124,14 @@ class _Norm(Function):
     @staticmethod
     def forward(ctx: Any, y: Tensor, scale: Tensor, shift: Tensor, eps: float, slope: float, pool: int):
         given = y, scale
-        y, scale = _images(y), scale.contiguous()
+        y, scale, shift = _images(y), scale.contiguous(), shift.contiguous()
         n, c, h, w = y.shape
         out = _empty(y, n, c, h // pool, w // pool)
         chosen = torch.empty_like(out) if pool == 2 else y
         code = torch.empty(out.numel(), dtype=torch.uint8)
         mean, rstd = y.new_empty(c), y.new_empty(c)
         _library(y).norm_forward(
-            *_pointers(y, scale, shift.contiguous(), chosen, code, out, mean, rstd),
+            *_pointers(y, scale, shift, chosen, code, out, mean, rstd),
             *_sizes(y),
             pool,
             *_reals(eps, slope),
@@ -133,7 +175,7 @@ class _NormBackward(Function):
         return gy, gscale, gshift
 
     @staticmethod
-    @once_differentiable
+    @_last
     def backward(ctx: Any, vy: Tensor | None, vscale: Tensor | None, vshift: Tensor | None):  # type: ignore[override]
         go, y, scale, chosen, code, mean, rstd, gscale, gshift = ctx.saved_tensors
         slope, pool = ctx.settings
@@ -153,7 +195,7 @@ class _NormBackward(Function):
 
 
 def _conv(x: Tensor, w: Tensor, b: Tensor | None, *, transposed: bool = False, onto: Tensor | None = None) -> Tensor:
-    x, taps = _images(x), _taps(w)
+    x, taps, b = _images(x), _taps(w), b if b is None else b.contiguous()
     outputs, inputs = (w.shape[1], w.shape[0]) if transposed else w.shape[:2]
     y = onto if onto is not None else _empty(x, x.shape[0], outputs, x.shape[2], x.shape[3])
     n, _, height, width = x.shape

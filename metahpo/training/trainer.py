@@ -159,11 +159,11 @@ class Trainer:
 
     def _step(self, tasks: Task, phase: Phase, signum: int | None) -> None:
         numbers = self._numbers(self.iteration)
-        if not self._checked:
-            check_engine(self.engine, self.learner, tasks, phase)
-            self._checked = True
         seed = (self.settings.seed, self.epoch, self.iteration, *self.ranks.seed)
         with seeded(*seed, device=self.device), precision(self.learner, self.settings):
+            if not self._checked:
+                check_engine(self.engine, self.learner, tasks, phase)
+                self._checked = True
             result = self.engine.meta_gradient(self.learner, tasks, phase)
         result, signals = self.ranks.mean(result, numbers, signum)
         self._refuse(self._finite.add(self.epoch + 1, self.iteration + 1, numbers, result, signals))

@@ -44,22 +44,24 @@ class Auto:
         self._engines: dict[str, Engine] = {}
 
     def meta_gradient(self, learner: MetaLearner, tasks: Task, phase: Phase) -> MetaGradient:
-        return self._engine("training", learner, tasks, phase).meta_gradient(learner, tasks, phase)
+        return self.settle("training", learner, tasks, phase).meta_gradient(learner, tasks, phase)
 
     def evaluate(self, learner: MetaLearner, tasks: Task, phase: Phase) -> tuple[Metrics, Params]:
-        return self._engine("evaluation", learner, tasks, phase).evaluate(learner, tasks, phase)
+        return self.settle("evaluation", learner, tasks, phase).evaluate(learner, tasks, phase)
 
-    def _engine(self, work: str, learner: MetaLearner, tasks: Task, phase: Phase) -> Engine:
-        if work not in self._engines:
+    def settle(self, work: str, learner: MetaLearner, tasks: Task, phase: Phase) -> Engine:
+        """The engine for "training" or "evaluation" on the tasks' device, chosen at the first call."""
+        kind = f"{work} on {tasks.query_x.device.type}"
+        if kind not in self._engines:
             kinds: dict[str, Callable[[], Engine]] = {k.name: k for k in (Loop, Threads, VMap, Trace)}
-            if work not in self.chosen:
+            if kind not in self.chosen:
                 # Trials draw random numbers (dropout) that the run itself is still to draw.
                 with torch.random.fork_rng(devices=[tasks.query_x.device] if tasks.query_x.is_cuda else []):
-                    self._engines[work] = self._fastest(work, learner, tasks, phase)
-                self.chosen[work] = self._engines[work].name
+                    self._engines[kind] = self._fastest(work, learner, tasks, phase)
+                self.chosen[kind] = self._engines[kind].name
             else:
-                self._engines[work] = kinds[self.chosen[work]]()
-        return self._engines[work]
+                self._engines[kind] = kinds[self.chosen[kind]]()
+        return self._engines[kind]
 
     def _fastest(self, work: str, learner: MetaLearner, tasks: Task, phase: Phase) -> Engine:
         device = tasks.query_x.device.type

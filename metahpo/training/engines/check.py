@@ -7,9 +7,11 @@ import copy
 import torch
 
 from metahpo.errors import NetError
+from metahpo.functional import FunctionalModule
 from metahpo.learners.base import MetaLearner
 from metahpo.learners.phase import Phase
 from metahpo.tasks.task import Task
+from metahpo.training.engines.auto import Auto
 from metahpo.training.engines.base import Engine
 from metahpo.training.engines.loop import Loop
 
@@ -23,15 +25,17 @@ def check_engine(engine: Engine, learner: MetaLearner, tasks: Task, phase: Phase
 
     The comparison is in float64, on copies, where the learner can run so, and loose in float32 otherwise.
     """
+    if isinstance(engine, Auto):  # Which it takes is to be timed on the run's own batch.
+        engine = engine.settle("training", learner, tasks, phase)
     task = Task(*(t[:1] for t in tasks))
     with torch.random.fork_rng(devices=[task.query_x.device] if task.query_x.is_cuda else []):
         try:
-            worst, name = _difference(engine, copy.deepcopy(learner).double(), _double(task), phase)
+            worst, name = _difference(engine, _copy(learner).double(), _double(task), phase)
             tolerance = _TOLERANCE[torch.float64]
         except NetError:
             raise
         except RuntimeError:
-            worst, name = _difference(engine, copy.deepcopy(learner), task, phase)
+            worst, name = _difference(engine, _copy(learner), task, phase)
             tolerance = _TOLERANCE[torch.float32]
     if not worst <= tolerance:
         raise NetError(
@@ -46,10 +50,20 @@ def _difference(engine: Engine, learner: MetaLearner, task: Task, phase: Phase) 
     for each, into in ((engine, found), (Loop(), wanted)):
         torch.manual_seed(0)
         into.append({name: g.clone() for name, g in each.meta_gradient(learner, task, phase).grads.items()})
-    norm = torch.stack([g.norm() for g in wanted[0].values()]).norm()
+    # A gradient may be zero.
+    norm = torch.stack([g.norm() for g in wanted[0].values()]).norm().clamp(min=1e-6)
     differences = {name: float((found[0][name] - g).norm() / norm) for name, g in wanted[0].items()}
     worst = max(differences, key=lambda name: differences[name] if differences[name] == differences[name] else 1e300)
     return differences[worst], worst
+
+
+def _copy(learner: MetaLearner) -> MetaLearner:
+    """A copy without autocast, which would round what is to be compared in float64."""
+    twin = copy.deepcopy(learner)
+    for module in twin.modules():
+        if isinstance(module, FunctionalModule):
+            module.autocast = None
+    return twin
 
 
 def _double(task: Task) -> Task:

@@ -14,7 +14,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import tree_flatten
 
 from metahpo.errors import MetaHPOError, one_line
-from metahpo.functional.trees import Params
+from metahpo.functional import FunctionalModule, Params
 from metahpo.learners.base import MetaLearner, Metrics
 from metahpo.learners.phase import Phase
 from metahpo.tasks.task import Task
@@ -57,7 +57,8 @@ class Trace:
         return self._vmap.evaluate(learner, tasks, phase)
 
     def _program(self, learner: MetaLearner, tasks: Task, phase: Phase) -> Program | None:
-        kind = (replace(phase, step_weights=None), phase.step_weights is None)
+        autocast = tuple(m.autocast for m in learner.modules() if isinstance(m, FunctionalModule))
+        kind = (replace(phase, step_weights=None), phase.step_weights is None, autocast)
         shapes = _signature((*_tensors(learner), tasks, phase.step_weights))
         if self._shapes.setdefault(kind, shapes) != shapes:
             # Once: a second set of shapes is usually the last, smaller batch, for which recording does not pay.
@@ -138,7 +139,8 @@ def _tensors(learner: MetaLearner) -> tuple[Params, Params]:
 
 
 def _signature(inputs: Any) -> list[Any]:
-    return [(t.shape, t.dtype, t.device) for t in tree_flatten(inputs)[0] if isinstance(t, Tensor)]
+    leaves, structure = tree_flatten(inputs)  # With the names: another parameter may have been frozen.
+    return [structure, *((t.shape, t.dtype, t.device) for t in leaves if isinstance(t, Tensor))]
 
 
 def _devices(tasks: Task) -> list[torch.device]:

@@ -21,6 +21,7 @@ from metahpo.learners.phase import Phase
 from metahpo.native import conv_taps
 from metahpo.tasks.task import Task
 from metahpo.training.engines.base import MetaGradient, mean_metrics
+from metahpo.training.engines.refusal import refusal
 
 T = TypeVar("T")
 
@@ -64,7 +65,7 @@ class Threads:
         return stack_trees([metrics for metrics, _ in results]), stack_trees([outputs for _, outputs in results])
 
     def _each(self, learner: MetaLearner, phase: Phase, one: Callable[[MetaLearner, int], T], count: int) -> list[T]:
-        if next(iter(learner.parameters())).is_cuda:
+        if any(param.is_cuda for param in learner.parameters()):
             raise NetError("engine threads runs on the CPU only; choose vmap, trace or graph for CUDA")
         learner.train(phase.training)
         drawn = torch.get_rng_state()
@@ -92,8 +93,9 @@ class Threads:
 def _drawing(learner: MetaLearner) -> str:
     """The module that probably draws random numbers."""
     for name, module in learner.named_modules():
-        if isinstance(module, nn.modules.dropout._DropoutNd) or getattr(module, "dropout", 0.0) not in (0, 0.0, None):
-            return f"module {name.removeprefix('module.net.')!r} ({type(module).__name__})"
+        rate = getattr(module, "p" if isinstance(module, nn.modules.dropout._DropoutNd) else "dropout", None)
+        if isinstance(rate, float) and rate > 0:
+            return f"module {name.removeprefix('module.net').removeprefix('.')!r} ({type(module).__name__})"
     return f"this {type(learner).__name__}"
 
 
@@ -115,7 +117,10 @@ def fused_copy(learner: MetaLearner) -> MetaLearner:
     A thread needs its own, because to run a module with other parameters is to change it for a moment.
     """
     shared = {id(t): _shared(t) for t in [*learner.parameters(), *learner.buffers()]}
-    twin = copy.deepcopy(learner, shared)
+    try:
+        twin = copy.deepcopy(learner, shared)
+    except (TypeError, RuntimeError) as error:  # A lock, an open file, a tensor with a history.
+        raise refusal("threads", learner, error, "vmap or loop") from error
     for module in twin.modules():
         if isinstance(module, FunctionalModule):
             module.fuse()
