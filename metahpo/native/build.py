@@ -56,12 +56,26 @@ def _loaded(dtype: torch.dtype) -> ctypes.CDLL | None:
         _without("no C compiler was found (cc, gcc or clang)")
         return None
     try:
-        return ctypes.CDLL(str(_compiled(compiler, _CTYPES[dtype])))
+        return _declared(ctypes.CDLL(str(_compiled(compiler, _CTYPES[dtype]))))
     except subprocess.CalledProcessError as error:
         _without(f"{compiler} failed: {one_line(error.stderr or error)}")
     except (OSError, RuntimeError, subprocess.TimeoutExpired) as error:  # RuntimeError: no home folder is known.
         _without(one_line(error))
     return None
+
+
+def _declared(found: ctypes.CDLL) -> ctypes.CDLL:
+    """The library with its functions' arguments: pointers, then the number of images, then sizes."""
+    pointer, count, size, real = ctypes.c_void_p, ctypes.c_long, ctypes.c_int, ctypes.c_double
+    for name, pointers, rest in (
+        ("conv", 4, [count, *[size] * 7]),
+        ("conv_weight", 4, [count, *[size] * 5]),
+        ("norm_forward", 8, [count, *[size] * 4, real, real]),
+        ("norm_backward", 10, [count, *[size] * 4, real]),
+        ("norm_double", 15, [count, *[size] * 4, real]),
+    ):
+        getattr(found, name).argtypes = [*[pointer] * pointers, *rest]
+    return found
 
 
 def _compiled(compiler: str, real: str) -> Path:

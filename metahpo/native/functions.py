@@ -134,7 +134,8 @@ class _Norm(Function):
             *_pointers(y, scale, shift, chosen, code, out, mean, rstd),
             *_sizes(y),
             pool,
-            *_reals(eps, slope),
+            eps,
+            slope,
         )
         # The tensors given are saved, not their rearranged copies, through which no gradient would reach them.
         ctx.save_for_backward(*given, chosen, code, mean, rstd)
@@ -167,7 +168,7 @@ class _NormBackward(Function):
         go, y, scale = _images(go), _images(y), scale.contiguous()
         gy, gscale, gshift = torch.empty_like(y), torch.empty_like(scale), torch.empty_like(scale)
         _library(y).norm_backward(
-            *_pointers(go, y, scale, chosen, code, mean, rstd, gy, gscale, gshift), *_sizes(y), pool, *_reals(slope)
+            *_pointers(go, y, scale, chosen, code, mean, rstd, gy, gscale, gshift), *_sizes(y), pool, slope
         )
         ctx.save_for_backward(go, y, scale, chosen, code, mean, rstd, gscale, gshift)
         ctx.settings = slope, pool
@@ -186,7 +187,7 @@ class _NormBackward(Function):
             *_pointers(vy, vscale, vshift, go, y, scale, chosen, code, mean, rstd, gshift, gscale, ggo, gy, ggamma),
             *_sizes(y),
             pool,
-            *_reals(slope),
+            slope,
         )
         return ggo, gy, ggamma, None, None, None, None, None, None
 
@@ -200,7 +201,7 @@ def _conv(x: Tensor, w: Tensor, b: Tensor | None, *, transposed: bool = False, o
     y = onto if onto is not None else _empty(x, x.shape[0], outputs, x.shape[2], x.shape[3])
     n, _, height, width = x.shape
     failed = _library(x).conv(
-        *_pointers(x, taps, b, y), *_longs(n), height, width, inputs, outputs, w.shape[-1], transposed, onto is not None
+        *_pointers(x, taps, b, y), n, height, width, inputs, outputs, w.shape[-1], transposed, onto is not None
     )
     return _checked(y, failed)
 
@@ -211,7 +212,7 @@ def _conv_weight(x: Tensor, gy: Tensor, shape: torch.Size, has_bias: bool) -> tu
     gw = x.new_empty(size, size, inputs, outputs)
     gb = x.new_empty(outputs) if has_bias else None
     n, _, height, width = x.shape
-    failed = _library(x).conv_weight(*_pointers(x, gy, gw, gb), *_longs(n), height, width, inputs, outputs, size)
+    failed = _library(x).conv_weight(*_pointers(x, gy, gw, gb), n, height, width, inputs, outputs, size)
     return _checked(gw, failed).permute(3, 2, 0, 1), gb
 
 
@@ -229,6 +230,8 @@ def _library(x: Tensor) -> ctypes.CDLL:
 
 
 def _images(x: Tensor) -> Tensor:
+    if x.stride(1) == 1 and x.shape[1] > 1 and x.shape[2] > 1 and x.is_contiguous(memory_format=torch.channels_last):
+        return x
     # Not contiguous(memory_format=channels_last): torch calls [N, 1, H, W] and [N, C, 1, 1] channels-last as they are,
     # whatever their strides.
     return x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
@@ -244,16 +247,8 @@ def _empty(like: Tensor, n: int, c: int, h: int, w: int) -> Tensor:
 
 def _sizes(y: Tensor) -> tuple[Any, ...]:
     n, c, h, w = y.shape
-    return ctypes.c_long(n), h, w, c
+    return n, h, w, c
 
 
-def _longs(*values: int) -> list[ctypes.c_long]:
-    return [ctypes.c_long(v) for v in values]
-
-
-def _reals(*values: float) -> list[ctypes.c_double]:
-    return [ctypes.c_double(v) for v in values]
-
-
-def _pointers(*tensors: Tensor | None) -> list[ctypes.c_void_p]:
-    return [ctypes.c_void_p(0 if t is None else t.data_ptr()) for t in tensors]
+def _pointers(*tensors: Tensor | None) -> list[int]:
+    return [0 if t is None else t.data_ptr() for t in tensors]
