@@ -255,10 +255,11 @@ def test_dropout_is_drawn_once_and_repeated(gradient, remat):
 def test_threads_run_it_without_dropout_and_are_refused_with_it():
     rule, given = Momentum(), problem()
     expected = gradients(rule, outer(given, rule, 3), given)
-    found, refused = [None] * 4, []
+    found, refused, ran = [None] * 4, [], threading.Barrier(4)
 
     def work(index):
         found[index] = gradients(rule, outer(given, rule, 3, FORMS[index % 2], Sqrt()), given)
+        ran.wait(60)  # Draws of one thread look like draws of any other that is at work.
         try:
             drops = lambda p, c, b, s: (nn.functional.dropout(p["a"], 0.5).sum(), c)  # noqa: E731
             unroll(drops, rule, given, [None], gradient=Mixed())
