@@ -26,8 +26,8 @@ from inner_loop.workloads import SPECS, build
 from metahpo.errors import one_line
 
 FLOAT32_BOUND, FLOAT64_BOUND = 1e-5, 1e-10
-# Each compiles for longer than --quick may last.
-SLOW_TO_COMPILE = {"graph": set(SPECS), "jax": set(SPECS) - {"mlp"}}
+# Each compiles or records for longer than --quick may last.
+SLOW_TO_COMPILE = {"graph": set(SPECS), "jax": set(SPECS) - {"mlp"}, "trace": set(SPECS) - {"mlp"}}
 COLUMNS = ("name", "kind", "median s", "min s", "/ fastest peer", "/ plain_loop", "tasks/s", "peak MB", "error")
 
 
@@ -100,7 +100,8 @@ def run(name: str, options: argparse.Namespace, result: dict[str, Any]) -> list[
         try:
             if options.quick and not options.only and name in SLOW_TO_COMPILE.get(who, ()):
                 raise LeftOut(f"compiles for long; --quick --only {who} runs it")
-            peak = peak_memory(who, options.limit, arguments)
+            # The processes that measure memory take longer to start than --quick may last.
+            peak = None if options.quick else peak_memory(who, options.limit, arguments)
             contender = make(who, workload)
             error = relative_error(contender.grads(contender.step()), expected)
             row = {"workload": name, "device": options.device, "name": who, "kind": kind, "peak_bytes": peak}

@@ -130,7 +130,10 @@ def test_numbers_with_exponents_are_numbers(config, text):
         ("learner.inner_gradient=dual", "learner.inner_gradient: should be 'reverse' or 'mixed', found 'dual'"),
         ("training.precision=fp16", "training.precision: should be 'float32', 'tf32' or 'bf16', found 'fp16'"),
         ("learner.first_order='no'", "learner.first_order: should be true or false, found 'no'"),
-        ("training.engine=lop", "should be 'auto', 'loop', 'threads', 'vmap', 'trace' or 'graph', found 'lop'"),
+        (
+            "training.engine=lop",
+            "training.engine: should be 'auto', 'loop', 'threads', 'vmap', 'trace' or 'graph', found 'lop'",
+        ),
         ("training.optimizer=Adma", "training.optimizer: torch.optim has no optimizer 'Adma'"),
         ("training.device=gpu", "training.device: 'gpu' is not a torch device"),
         ("data.ways=1", "data.ways: should be greater than or equal to 2, found 1"),

@@ -64,7 +64,7 @@ def build(reference) -> tuple[MAMLPlusPlus, Task]:
 
 
 # Not graph, which takes minutes to compile each case, nor auto, which is one of the others.
-@pytest.mark.parametrize("engine", ["loop", "threads", "vmap", "trace"])
+@pytest.mark.parametrize("engine", ["loop", "threads", "vmap"])
 @pytest.mark.parametrize("case", CASES)
 def test_equals_the_authors_program(reference, case, engine):
     learner, tasks = build(reference)
