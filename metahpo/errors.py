@@ -22,6 +22,10 @@ class NetError(MetaHPOError):
     """A net that cannot be used as asked: wrong output shape, lazy modules, checkpointed blocks, an unfit engine."""
 
 
+class HypergradientError(MetaHPOError):
+    """A hypergradient that cannot be had as asked: a captured hyperparameter, a loss that is no scalar."""
+
+
 class CheckpointError(MetaHPOError):
     """A checkpoint that is damaged, holds code, or does not fit the learner."""
 

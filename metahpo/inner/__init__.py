@@ -4,6 +4,9 @@ from metahpo.inner.gradient import FirstOrder as FirstOrder
 from metahpo.inner.gradient import InnerGradient as InnerGradient
 from metahpo.inner.gradient import Reverse as Reverse
 from metahpo.inner.mixed import Mixed as Mixed
+from metahpo.inner.problem import Fitted as Fitted
+from metahpo.inner.problem import InnerProblem as InnerProblem
+from metahpo.inner.problem import rule_hparams as rule_hparams
 from metahpo.inner.remat import Every as Every
 from metahpo.inner.remat import NoRemat as NoRemat
 from metahpo.inner.remat import Remat as Remat

@@ -31,8 +31,10 @@ def below_this_level(tensor: Tensor | None) -> Tensor | None:
     return functorch._unwrap_for_grad(tensor, functorch.maybe_current_level())
 
 
-def explicit(function: Callable[..., Any], what: str) -> Callable[..., Any]:
+def explicit(function: Callable[..., Any], what: str, instead: str = "in the batch") -> Callable[..., Any]:
     """The same function; it raises NetError where it computes with a captured tensor that a gradient should reach.
+
+    what, instead: the function's name and where the tensor belongs, for the message.
 
     Its gradient with respect to that tensor would otherwise be lost without a word, wherever a backward pass runs the
     function again on its arguments alone.
@@ -41,7 +43,7 @@ def explicit(function: Callable[..., Any], what: str) -> Callable[..., Any]:
         return function
 
     def call(*arguments: Any) -> Any:
-        with _OnlyArguments(arguments, what):
+        with _OnlyArguments(arguments, what, instead):
             return function(*arguments)
 
     return call
@@ -53,9 +55,9 @@ class _OnlyArguments(TorchFunctionMode):
     Tensors are known by their ``id``: a captured one lives longer than the call, so no temporary can have had its own.
     """
 
-    def __init__(self, arguments: Any, what: str):
+    def __init__(self, arguments: Any, what: str, instead: str):
         super().__init__()
-        self.what = what
+        self.what, self.instead = what, instead
         self.arguments = [leaf for leaf in tree_leaves(arguments) if isinstance(leaf, Tensor)]
         self.known = {id(leaf) for leaf in self.arguments}
 
@@ -76,7 +78,7 @@ class _OnlyArguments(TorchFunctionMode):
             return
         raise NetError(
             f"{self.what} computes ({getattr(func, '__name__', func)}) with a tensor {list(tensor.shape)} that "
-            "requires grad but is not among its arguments, so its gradient would be lost; pass it in the batch"
+            f"requires grad but is not among its arguments, so its gradient would be lost; pass it {self.instead}"
         )
 
     def _computed_here(self, tensor: Tensor) -> bool:

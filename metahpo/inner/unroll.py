@@ -38,6 +38,8 @@ def unroll(
     gradient: InnerGradient = Reverse(),
     remat: Remat = NoRemat(),
     keep_steps: bool = True,
+    state: RuleState = None,
+    first: int = 0,
 ) -> Trajectory:
     """Fits ``params`` by ``rule``, one update a batch; differentiable in all that it is given, as far as ``gradient``
     lets it.
@@ -46,16 +48,17 @@ def unroll(
     (for MAML the same support set K times, with the weights that are not adapted); carry: whatever one call of the loss
     leaves to the next, such as running statistics. remat: what the backward pass computes again to save memory; then,
     as with ``Mixed``, the loss gets every tensor that an outer gradient should reach by its arguments. keep_steps:
-    whether the trajectory holds the parameters after every step, which costs their memory.
+    whether the trajectory holds the parameters after every step, which costs their memory. state, first: the rule's
+    state and the number of the first step, to go on where a trajectory ended.
     """
-    start = (params, rule.init(params), carry)
+    start = (params, rule.init(params) if state is None else state, carry)
     segments = remat.segments(batches)
     if segments is None:
-        params, state, carry, losses, steps = take_steps(loss, rule, gradient, start, batches, 0, keep_steps)
+        params, state, carry, losses, steps = take_steps(loss, rule, gradient, start, batches, first, keep_steps)
         return Trajectory(params, steps if keep_steps else [params], losses, carry, state)
     losses, steps = [], []
     for segment in segments:
-        part = recomputed_steps(loss, rule, gradient, start, segment, len(losses), keep_steps)
+        part = recomputed_steps(loss, rule, gradient, start, segment, first + len(losses), keep_steps)
         start = (part.params, part.state, part.carry)
         losses += part.losses
         steps += part.kept

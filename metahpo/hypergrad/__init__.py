@@ -1,0 +1,9 @@
+"""Hypergradients: the gradient of an outer loss in the hyperparameters of an inner training."""
+
+from metahpo.hypergrad.base import Hypergradient as Hypergradient
+from metahpo.hypergrad.base import InnerState as InnerState
+from metahpo.hypergrad.base import OuterLoss as OuterLoss
+from metahpo.hypergrad.base import Strategy as Strategy
+from metahpo.hypergrad.check import Comparison as Comparison
+from metahpo.hypergrad.check import check_hypergradient as check_hypergradient
+from metahpo.hypergrad.unroll import Unroll as Unroll

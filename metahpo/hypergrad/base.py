@@ -1,0 +1,199 @@
+"""What every hypergradient strategy takes and gives."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map_only
+
+from metahpo.errors import HypergradientError, NetError, NonFiniteError, did_you_mean
+from metahpo.functional.trees import Params
+from metahpo.inner.explicit import explicit
+from metahpo.inner.problem import RULE, InnerProblem, split
+from metahpo.inner.rules.base import RuleState, UpdateRule
+
+OuterLoss = Callable[[Params, Params], Tensor]
+
+
+@dataclass(frozen=True)
+class Hypergradient:
+    """The outer loss after an inner training, and its gradient in the hyperparameters.
+
+    value: the outer loss (a scalar); grads: by the names of ``hparams``, each of its shape; final_params: after the
+    last step; state: to go on from there with the same strategy; losses: the inner loss before each step, [K];
+    warnings: what the caller should know, a line each (a hyperparameter that nothing uses, a solver that did not
+    converge).
+    """
+
+    value: Tensor
+    grads: Params
+    final_params: Params
+    state: Any
+    losses: Tensor
+    warnings: tuple[str, ...] = field(default=())
+
+
+@dataclass(frozen=True)
+class InnerState:
+    """Where an inner training stands: the rule's state, the number of steps taken, and a strategy's own memory."""
+
+    rule: RuleState
+    step: int
+    memory: Any = None
+
+
+class Strategy(Protocol):
+    """A way to the gradient of ``outer_loss`` in ``hparams``, through or around an inner training."""
+
+    def __call__(
+        self,
+        problem: InnerProblem,
+        rule: UpdateRule,
+        outer_loss: OuterLoss,
+        params: Params,
+        hparams: Params,
+        batches: Iterable[Any],
+        state: Any = None,
+    ) -> Hypergradient:
+        """Trains from ``params`` for one step a batch, then differentiates ``outer_loss(final params, hparams)``.
+
+        hparams: by name, floating; those of the rule as "rule.NAME", which the two losses do not get. state: of an
+        earlier Hypergradient by this strategy, whose ``final_params`` go with it.
+
+        Raises HypergradientError for a captured hyperparameter, a loss that is no scalar, a name that the rule does
+        not have; NonFiniteError where the training diverges.
+        """
+        ...
+
+
+def leaves(hparams: Mapping[str, Tensor]) -> Params:
+    """The hyperparameters as the start of a graph of their own."""
+    return {name: h.detach().requires_grad_() for name, h in hparams.items()}
+
+
+def constants(tree: Any) -> Any:
+    """The same tree of tensors cut from its graph."""
+    return tree_map_only(Tensor, torch.detach, tree)
+
+
+def outer_value(outer_loss: OuterLoss, params: Params, hparams: Params) -> Tensor:
+    """``outer_loss`` with the hyperparameters that are not the rule's."""
+    return outer_loss(params, split(hparams)[0])
+
+
+def check_inputs(
+    problem: InnerProblem,
+    rule: UpdateRule,
+    outer_loss: OuterLoss,
+    params: Params,
+    hparams: Params,
+    batches: Sequence[Any],
+    state: Any = None,
+) -> tuple[str, ...]:
+    """Raises HypergradientError for what would be silently wrong; returns a warning for each unused hyperparameter.
+
+    Where a ``state`` is given an earlier call has looked, and nothing is done. The look costs about one step.
+    """
+    if state is not None:
+        return ()
+    _check_names(rule, hparams)
+    if not batches:
+        raise HypergradientError("batches: found none, expected one for each inner step")
+    with torch.enable_grad():
+        params, given = leaves(params), leaves(hparams)
+        others, own = split(given)
+        inner = _scalar(problem.loss, "the inner loss", params, others, batches[0])
+        outer = _scalar(outer_loss, "the outer loss", params, others)
+        used = [*own.values()]  # Every rule uses its own.
+        reached = [t for t in (inner, outer) if t.requires_grad]
+        if reached and others:
+            grads = torch.autograd.grad(reached, list(others.values()), allow_unused=True)
+            used += [h for h, g in zip(others.values(), grads) if g is not None]
+    unused = [name for name, h in given.items() if not any(h is u for u in used)]
+    return tuple(
+        f"hyperparameter {name!r}: neither the inner nor the outer loss uses it; its gradient is zero"
+        for name in unused
+    )
+
+
+def _check_names(rule: UpdateRule, hparams: Mapping[str, Tensor]) -> None:
+    if not hparams:
+        raise HypergradientError("hparams: found none, expected the tensors to differentiate by name")
+    for name, h in hparams.items():
+        if not isinstance(h, Tensor) or not h.is_floating_point():
+            found = h.dtype if isinstance(h, Tensor) else type(h).__name__
+            raise HypergradientError(f"hparams[{name!r}]: found {found}, expected a floating tensor")
+    own, given = dict(rule.named_parameters()), split(hparams)[1]
+    for name, h in given.items():
+        if name not in own:
+            raise HypergradientError(
+                f"hparams[{RULE + name!r}]: {type(rule).__name__} has no hyperparameter {name!r}; "
+                f"{did_you_mean(name, own)}"
+            )
+        if h.shape != own[name].shape:
+            raise HypergradientError(
+                f"hparams[{RULE + name!r}]: found shape {list(h.shape)}, {type(rule).__name__} has "
+                f"{list(own[name].shape)}"
+            )
+    for name, p in own.items():
+        if p.requires_grad and name not in given:
+            raise HypergradientError(
+                f"{type(rule).__name__}.{name} requires grad but is not in hparams, so its gradient would be lost; "
+                f"pass it as {RULE + name!r} (rule_hparams gives it), or make the rule with learnable=False"
+            )
+
+
+def _scalar(loss: Callable[..., Tensor], what: str, *arguments: Any) -> Tensor:
+    try:
+        value = explicit(loss, what, "in hparams")(*arguments)
+    except NetError as error:
+        raise HypergradientError(str(error)) from error
+    if not isinstance(value, Tensor):
+        raise HypergradientError(f"{what} gave {type(value).__name__}, expected a scalar tensor")
+    if value.dim():
+        raise HypergradientError(f"{what} gave a tensor {list(value.shape)}, expected a scalar; take its mean or sum")
+    return value
+
+
+def finished(
+    value: Tensor,
+    grads: Mapping[str, Tensor | None],
+    hparams: Params,
+    final_params: Params,
+    state: Any,
+    losses: Sequence[Tensor],
+    warnings: Iterable[str] = (),
+) -> Hypergradient:
+    """The result, once it is known to be finite. A gradient None is zero (``check_inputs`` has told why).
+
+    Raises NonFiniteError, which names the first step at which the training had diverged.
+    """
+    found = {n: torch.zeros_like(h) if (g := grads[n]) is None else g.detach() for n, h in hparams.items()}
+    device = value.device
+    path = torch.stack([x.detach() for x in losses]) if losses else torch.zeros(0, device=device)
+    largest = torch.stack([g.abs().max() if g.numel() else g.sum() for g in found.values()]).max()
+    if not bool(torch.isfinite(value.detach()) & torch.isfinite(largest) & torch.isfinite(path).all()):
+        raise NonFiniteError(_diverged(value, path, found, state))
+    return Hypergradient(value.detach(), found, constants(final_params), state, path, tuple(warnings))
+
+
+def _diverged(value: Tensor, path: Tensor, grads: Params, state: Any) -> str:
+    first = (getattr(state, "step", len(path)) or len(path)) - len(path)
+    bad = (~torch.isfinite(path)).nonzero()
+    if len(bad):
+        at = int(bad[0])
+        return (
+            f"the inner training diverged: its loss is {float(path[at])} at step {first + at + 1} of "
+            f"{first + len(path)} (it began at {float(path[0]):.4g}); lower its rates"
+        )
+    if not bool(torch.isfinite(value)):
+        return f"the outer loss is {float(value)} after {first + len(path)} finite inner steps"
+    name = next(name for name, g in grads.items() if not bool(torch.isfinite(g).all()))
+    return (
+        f"the hypergradient of {name!r} is not finite though every loss of the {len(path)} steps is; the training "
+        "may be chaotic (lower its rates, or truncate)"
+    )
