@@ -1,0 +1,6 @@
+"""Hyperparameters of one ordinary training, by gradient."""
+
+from metahpo.tuning.base import Result as Result
+from metahpo.tuning.base import Tuner as Tuner
+from metahpo.tuning.data import Labelled as Labelled
+from metahpo.tuning.data import load_digits as load_digits
