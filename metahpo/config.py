@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import BeforeValidator, Discriminator, Field, Tag, field_validator
 
@@ -152,6 +152,7 @@ def _tag(key: str):
     return Discriminator(tag)
 
 
+NAME_KEY = {"data": "source", "net": "name", "learner": "name"}
 UNIONS: dict[str, dict[str, type[Settings]]] = {
     "data": {
         "glyphs": GlyphsSettings,
@@ -163,7 +164,6 @@ UNIONS: dict[str, dict[str, type[Settings]]] = {
     "net": {"conv4": Conv4Settings, "resnet12": ResNet12Settings, "mlp": MLPSettings, "custom": CustomNet},
     "learner": {"maml": MAMLSettings, "maml_pp": MAMLPlusPlusSettings, "custom": CustomLearner},
 }
-NAME_KEY = {"data": "source", "net": "name", "learner": "name"}
 
 Data = Annotated[
     Annotated[GlyphsSettings, Tag("glyphs")]
@@ -208,3 +208,18 @@ class RunConfig(Settings):
         if value == "":
             raise ValueError("should be a path or null")
         return value
+
+
+class Schema(NamedTuple):
+    """The shape of one kind of config.
+
+    model: the whole; unions: the sections whose model is chosen by a name (under ``NAME_KEY``), with their models;
+    sections: the others.
+    """
+
+    model: type[Settings]
+    unions: Mapping[str, Mapping[str, type[Settings]]]
+    sections: Mapping[str, type[Settings]]
+
+
+RUN = Schema(RunConfig, UNIONS, {"training": TrainingSettings})

@@ -13,13 +13,13 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from metahpo.config import NAME_KEY, UNIONS, RunConfig
+from metahpo.config import NAME_KEY, RUN, Schema
 from metahpo.errors import ConfigError, did_you_mean, one_line
-from metahpo.training.settings import TrainingSettings
+from metahpo.training.settings import Settings
 
 
-def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """Reads a YAML config and applies ``key.sub=value`` overrides (values in YAML too).
+def load_config(path: str | Path, overrides: Sequence[str] = (), schema: Schema = RUN) -> Any:
+    """Reads a YAML config and applies ``key.sub=value`` overrides (values in YAML too); gives the schema's model.
 
     Raises ConfigError with every error at once, a line each, naming the dotted key, what was found and what was
     expected.
@@ -39,43 +39,46 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
         raise ConfigError(f"config {path} is not YAML: {error}") from None
     if not isinstance(tree, dict):
         found = "is empty" if tree is None else f"holds {tree!r:.60}"
-        raise ConfigError(f"config {path} {found}; expected keys {', '.join(RunConfig.model_fields)}")
-    for key in UNIONS:
+        raise ConfigError(f"config {path} {found}; expected keys {', '.join(schema.model.model_fields)}")
+    for key in schema.unions:
         if isinstance(tree.get(key), str):
             tree[key] = {NAME_KEY[key]: tree[key]}
     for override in overrides:
-        _override(tree, override)
-    return validate(tree, str(path))
+        _override(tree, override, schema)
+    return validate(tree, str(path), schema)
 
 
-def validate(tree: Mapping[str, Any], where: str) -> RunConfig:
+def validate(tree: Mapping[str, Any], where: str, schema: Schema = RUN) -> Any:
     """The tree as a config; ``where`` begins the error's message."""
     config = None
     try:
-        config = RunConfig.model_validate(tree)
+        config = schema.model.model_validate(tree)
         lines = list(_converted(tree, config.model_dump()))
     except ValidationError as error:
-        lines = [_line(dict(e), tree) for e in error.errors()]
+        lines = [_line(dict(e), tree, schema) for e in error.errors()]
     if config is None or lines:
         raise ConfigError("\n".join(f"{where}: {line}" for line in lines))
     return config
 
 
-def dump_config(config: RunConfig) -> str:
+def dump_config(config: Settings) -> str:
     """The config as YAML with every setting spelt out; ``load_config`` of it gives the same config."""
     return yaml.dump(config.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False)
 
 
-def describe_keys() -> str:
+def describe_keys(schema: Schema = RUN) -> str:
     """Every key of a config with its default and meaning, a line each."""
     lines: list[str] = []
-    for section, kinds in UNIONS.items():
+    for section, kinds in schema.unions.items():
         for kind, model in kinds.items():
             lines.append(f"{section}: {NAME_KEY[section]} {'MODULE:NAME' if kind == 'custom' else kind}")
             lines += _fields(section, model)
-    return "\n".join(
-        [*lines, "training:", *_fields("training", TrainingSettings), "run_dir: null: runs/CONFIG/DATE-TIME"]
-    )
+    for section, model in schema.sections.items():
+        lines += [f"{section}:", *_fields(section, model)]
+    for name, field in schema.model.model_fields.items():
+        if name not in (*schema.unions, *schema.sections):
+            lines.append(f"{name}: {field.description}")
+    return "\n".join(lines)
 
 
 def _fields(section: str, model: type[BaseModel]) -> Iterator[str]:
@@ -87,7 +90,7 @@ def _fields(section: str, model: type[BaseModel]) -> Iterator[str]:
         yield f"  {section}.{name:22} {default:16} {field.description or ''}".rstrip()
 
 
-def _override(tree: dict[str, Any], override: str) -> None:
+def _override(tree: dict[str, Any], override: str, schema: Schema) -> None:
     key, equals, text = override.partition("=")
     if not equals or not key:
         raise ConfigError(f"{override!r} is not an override; expected KEY.SUB=VALUE")
@@ -104,7 +107,7 @@ def _override(tree: dict[str, Any], override: str) -> None:
         if not isinstance(child, dict):
             raise ConfigError(f"{override!r}: {parent!r} is a value, not a section")
         node = child
-    if not parents and key in UNIONS and isinstance(value, str):
+    if not parents and key in schema.unions and isinstance(value, str):
         value = {NAME_KEY[key]: value}
     node[last] = value
 
@@ -122,22 +125,22 @@ def _parse(text: str) -> Any:
 # One line an error.
 
 
-def _line(error: dict[str, Any], tree: Mapping[str, Any]) -> str:
+def _line(error: dict[str, Any], tree: Mapping[str, Any], schema: Schema) -> str:
     loc = list(error["loc"])
-    model: type[BaseModel] | None = RunConfig
-    if loc and loc[0] in UNIONS:
-        model = UNIONS[str(loc[0])].get(str(loc.pop(1))) if len(loc) > 1 else None
-    elif loc and loc[0] == "training":
-        model = TrainingSettings
+    model: type[BaseModel] | None = schema.model
+    if loc and loc[0] in schema.unions:
+        model = schema.unions[str(loc[0])].get(str(loc.pop(1))) if len(loc) > 1 else None
+    elif loc and loc[0] in schema.sections:
+        model = schema.sections[str(loc[0])]
     path, found = ".".join(map(str, loc)), error["input"]
     kind = error["type"]
     if kind == "extra_forbidden":
-        known = list((model or RunConfig).model_fields)
+        known = list((model or schema.model).model_fields)
         return f"unknown key {path!r}; {did_you_mean(str(loc[-1]), known)}"
     if kind == "missing":
         return f"key {path!r} is missing"
     if kind in ("union_tag_invalid", "union_tag_not_found"):
-        return _tag_line(path, tree.get(path))
+        return _tag_line(path, tree.get(path), schema.unions[path])
     if kind in ("model_type", "model_attributes_type", "dict_type"):
         return f"{path}: should be a section of keys, found {found!r}"
     expected: str = error["msg"].removeprefix("Value error, ").replace("Input should", "should")
@@ -159,8 +162,8 @@ def _converted(tree: Any, settings: Any, path: str = "") -> Iterator[str]:
         yield f"{path}: should be finite, found {settings!r}"
 
 
-def _tag_line(key: str, section: Any) -> str:
-    names, name_key = [n for n in UNIONS[key] if n != "custom"], NAME_KEY[key]
+def _tag_line(key: str, section: Any, kinds: Mapping[str, Any]) -> str:
+    names, name_key = [n for n in kinds if n != "custom"], NAME_KEY[key]
     if not isinstance(section, Mapping):
         return f"{key}: should be a name or a section, found {section!r}"
     if name_key not in section:
