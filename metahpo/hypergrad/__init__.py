@@ -7,3 +7,4 @@ from metahpo.hypergrad.base import Strategy as Strategy
 from metahpo.hypergrad.check import Comparison as Comparison
 from metahpo.hypergrad.check import check_hypergradient as check_hypergradient
 from metahpo.hypergrad.unroll import Unroll as Unroll
+from metahpo.hypergrad.forward import Forward as Forward

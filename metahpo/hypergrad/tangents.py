@@ -1,0 +1,157 @@
+"""One step of a training together with its derivatives in the hyperparameters."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from itertools import islice
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.func import functional_call, jvp, vmap
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
+
+from metahpo.errors import NetError, one_line
+from metahpo.functional.kernels import forward_mode
+from metahpo.functional.trees import Params
+from metahpo.inner.problem import InnerProblem, split
+from metahpo.inner.rules.base import RuleState, UpdateRule
+
+
+class Tangents(NamedTuple):
+    """Derivatives in ``count`` scalars: [count, *shape] for each parameter and each floating tensor of a rule's
+    state."""
+
+    count: int
+    params: list[Tensor]
+    state: list[Tensor]
+
+
+def zeros(params: Params, state: RuleState, count: int) -> Tangents:
+    """Nothing depends on the scalars yet."""
+    parts = (list(params.values()), [leaf for leaf in tree_leaves(state) if _moves(leaf)])
+    return Tangents(count, *([t.new_zeros(count, *t.shape) for t in part] for part in parts))
+
+
+class Step:
+    """One step from (params, state): its result without a graph, and its derivative along any directions.
+
+    The gradient's derivative along (dw, dh) is the product of the loss's Hessian in (w, h) with it, of which reverse
+    mode over the gradient's graph gives the part in w: no layer needs a forward mode, and the graph serves all
+    directions. The rule's is by forward mode. A rule that asks for the loss is differentiated together with it.
+    """
+
+    def __init__(
+        self,
+        problem: InnerProblem,
+        rule: UpdateRule,
+        params: Params,
+        state: RuleState,
+        hparams: Params,
+        batch: Any,
+        step: int,
+    ):
+        self.names, self.hnames, self.step = list(params), list(hparams), step
+        self.leaves, self.spec = tree_flatten(state)
+        moving = [leaf for leaf in self.leaves if _moves(leaf)]
+        self.primals = [*params.values(), *moving, *hparams.values()]
+        self.sizes = (len(params), len(moving), len(hparams))
+        self.problem, self.rule, self.batch = problem, rule, batch
+        self.gradient = None
+        if not getattr(rule, "needs_loss", False):
+            self.gradient = _Gradient(problem, params, split(hparams)[0], batch)
+            self.primals += self.gradient.grads
+
+    def pushed(self, tangents: Tangents, seed: Params) -> tuple[Params, RuleState, Tensor, Tangents]:
+        """(params, state, loss before the step, tangents) after the step; seed: the hyperparameters' own tangents."""
+        given = [*tangents.params, *tangents.state, *seed.values()]
+        if self.gradient is not None:
+            given += self.gradient.along(tangents.params, split(seed)[0])
+        (leaves, spec), slopes = _pushed(self._move, self.primals, given)
+        params, state, loss = tree_unflatten(leaves, spec)
+        loss = loss if self.gradient is None else self.gradient.value
+        count = len(params)
+        moved = Tangents(tangents.count, slopes[:count], slopes[count : len(slopes) - (self.gradient is None)])
+        return dict(zip(self.names, params)), state, loss, moved
+
+    def _move(self, *tensors: Tensor) -> tuple[list[Tensor], RuleState, Tensor | None]:
+        left = iter(tensors)
+        params, moving, hparams = (list(islice(left, size)) for size in self.sizes)
+        params, hparams = dict(zip(self.names, params)), dict(zip(self.hnames, hparams))
+        given = iter(moving)
+        state = tree_unflatten([next(given) if _moves(leaf) else leaf for leaf in self.leaves], self.spec)
+        if self.gradient is None:
+            end = self.problem.fit(self.rule, params, hparams, [self.batch], state=state, step=self.step)
+            params, state, loss = end.params, end.state, end.losses[0]
+        else:
+            arguments = (params, dict(zip(self.names, left)), state, self.step)
+            (params, state), loss = functional_call(self.rule, split(hparams)[1], arguments), None
+        return [params[name] for name in self.names], state, loss
+
+
+class _Gradient:
+    """The inner gradient at one place, with the graph for its derivatives."""
+
+    def __init__(self, problem: InnerProblem, params: Params, hparams: Params, batch: Any):
+        with torch.enable_grad():
+            self.params, given = ([t.detach().requires_grad_() for t in ts.values()] for ts in (params, hparams))
+            value = problem.loss(dict(zip(params, self.params)), dict(zip(hparams, given)), batch)
+            found = torch.autograd.grad(value, [*self.params, *given], create_graph=True, materialize_grads=True)
+        self.value = value.detach()
+        self.firsts = found
+        self.grads = [g.detach() for g in found[: len(self.params)]]
+
+    def along(self, params: Sequence[Tensor], hparams: Params) -> list[Tensor]:
+        """The gradient's derivatives along each of the directions, [count, *shape]."""
+        pairs = [(g, t) for g, t in zip(self.firsts, [*params, *hparams.values()]) if g.requires_grad]
+        if not pairs:
+            return list(map(torch.zeros_like, params))
+        firsts, directions = zip(*pairs)
+        one = len(directions[0]) == 1  # Without vmap, which costs more than it is worth and which some layers have not.
+        found = torch.autograd.grad(
+            firsts,
+            self.params,
+            [t[0] for t in directions] if one else directions,
+            retain_graph=True,
+            allow_unused=True,
+            is_grads_batched=not one,
+        )
+        if one:
+            found = [s if s is None else s[None] for s in found]
+        return [torch.zeros_like(t) if s is None else s for t, s in zip(params, found)]
+
+
+def _pushed(
+    function: Callable[..., Any], primals: Sequence[Tensor], tangents: Sequence[Tensor]
+) -> tuple[tuple[list[Any], Any], list[Tensor]]:
+    """(the leaves of ``function(*primals)`` and their structure, the derivative of each floating one along the
+    tangents)."""
+    around: list[Any] = []
+
+    def parts(*tensors: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        leaves, spec = tree_flatten(function(*tensors))
+        around[:] = leaves, spec
+        still = [leaf for leaf in leaves if isinstance(leaf, Tensor) and not _moves(leaf)]
+        return [leaf for leaf in leaves if _moves(leaf)], still
+
+    def along(*tangents: Tensor):
+        return jvp(parts, tuple(primals), tangents, has_aux=True)
+
+    with forward_mode(), warnings.catch_warnings():
+        # torch's own, where it makes an operation's forward mode.
+        warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated", FutureWarning)
+        try:
+            moved, slopes, still = vmap(along, randomness="same")(*tangents)
+        except NotImplementedError as error:
+            raise NetError(
+                f"Forward needs a forward mode, which an operation has not ({one_line(error)}); choose Unroll()"
+            ) from error
+    # The values are the same for every direction.
+    rows = {True: iter(moved), False: iter(still)}
+    leaves = [next(rows[_moves(leaf)])[0] if isinstance(leaf, Tensor) else leaf for leaf in around[0]]
+    return (leaves, around[1]), slopes
+
+
+def _moves(leaf: Any) -> bool:
+    return isinstance(leaf, Tensor) and leaf.is_floating_point()
