@@ -137,3 +137,20 @@ def test_a_training_that_diverges_is_told_with_its_step():
     outer_loss = lambda p, h: p["a"].sum()  # noqa: E731
     with pytest.raises(NonFiniteError, match=r"diverged: its loss is (inf|nan) at step \d+ of 40 .* lower its rates"):
         Unroll()(problem, rule, outer_loss, params, {"rule.lr": torch.tensor(10.0).double()}, [None] * 40)
+
+
+def test_the_error_of_truncation_falls_at_the_rate_of_the_curvature():
+    """Shaban et al. 2019, theorem 3.4: by 1 - rate * curvature a step kept; here, where all is linear, exactly so."""
+    rate, steps = 0.125, 60
+    curvature = torch.tensor([0.5, 2.0], dtype=torch.float64)
+    problem = InnerProblem(lambda p, h, batch: 0.5 * (curvature * (p["w"] - h["target"]).square()).sum())
+    params = {"w": torch.zeros(2, dtype=torch.float64)}
+    hparams = {"target": torch.ones(2, dtype=torch.float64)}
+    given = (problem, SGD(rate).double(), lambda p, h: p["w"].sum(), params, hparams, [None] * steps)
+    exact, shrink = Unroll()(*given).grads["target"], 1 - rate * curvature
+    torch.testing.assert_close(exact, 1 - shrink**steps, rtol=1e-12, atol=0)
+    for kept in (1, 5, 25):
+        error = exact - Unroll(truncate=kept)(*given).grads["target"]
+        torch.testing.assert_close(error, shrink**kept - shrink**steps, rtol=1e-10, atol=1e-14)
+    for kept in (steps, 2 * steps):
+        torch.testing.assert_close(Unroll(truncate=kept)(*given).grads["target"], exact, rtol=1e-12, atol=0)
