@@ -28,7 +28,7 @@ from metahpo.config import (
 )
 from metahpo.custom import brief, call, check_learner, check_source, reason
 from metahpo.errors import CheckpointError, ConfigError, NetError, did_you_mean
-from metahpo.inner import Every, Mixed, NoRemat, Remat, Reverse, Sqrt
+from metahpo.inner import Mixed, Reverse, named_remat
 from metahpo.learners import MAML, MAMLPlusPlus, MetaLearner
 from metahpo.nets import MLP, Conv4, ResNet12
 from metahpo.tasks import Episodes, LabelledImages, Sinusoid, Task, TaskSource
@@ -117,13 +117,7 @@ def build_learner(config: RunConfig, example: Task) -> MetaLearner:
         kind = MAML if isinstance(settings, MAMLSettings) else MAMLPlusPlus
         options = settings.model_dump(exclude={"name", "inner_gradient", "remat"})
         gradient = Mixed() if settings.inner_gradient == "mixed" else Reverse()
-        return kind(net, loss=loss, gradient=gradient, remat=_remat(settings.remat), **options)
-
-
-def _remat(setting: int | str) -> Remat:
-    if isinstance(setting, int):
-        return Every(setting)
-    return Sqrt() if setting == "sqrt" else NoRemat()
+        return kind(net, loss=loss, gradient=gradient, remat=named_remat(settings.remat), **options)
 
 
 def build_net(config: RunConfig, example: Task) -> nn.Module:

@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
-from pydantic import BeforeValidator, Discriminator, Field, Tag, field_validator
+from pydantic import Discriminator, Field, Tag, field_validator
 
-from metahpo.training.settings import Settings, TrainingSettings
+from metahpo.training.settings import InnerGradientName, RematName, Settings, TrainingSettings
 
 # Where a name may be the user's own code, MODULE:ATTRIBUTE, found from the working directory.
 CustomName = Annotated[str, Field(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")]
@@ -93,24 +93,6 @@ class CustomNet(Settings):
 
     name: CustomName
     args: dict[str, Any] = Field(default_factory=dict)
-
-
-def _remat(value: Any) -> Any:
-    if value in ("none", "sqrt") or (type(value) is int and value >= 1):
-        return value
-    raise ValueError("should be none, sqrt or a number of steps of at least 1")
-
-
-# How the outer gradient passes through the inner loop; the numbers are the same.
-InnerGradientName = Annotated[
-    Literal["reverse", "mixed"],
-    Field(description="mixed: forward over reverse, a fraction of the memory; not for every layer"),
-]
-RematName = Annotated[
-    int | str,
-    BeforeValidator(_remat),
-    Field(description="keep the state every N inner steps and compute the rest again; sqrt: N of their root"),
-]
 
 
 class MAMLSettings(Settings):

@@ -7,6 +7,6 @@ from metahpo.hypergrad.base import Strategy as Strategy
 from metahpo.hypergrad.check import Comparison as Comparison
 from metahpo.hypergrad.check import check_hypergradient as check_hypergradient
 from metahpo.hypergrad.finite_difference import FiniteDifference as FiniteDifference
+from metahpo.hypergrad.forward import Forward as Forward
 from metahpo.hypergrad.pes import PES as PES
 from metahpo.hypergrad.unroll import Unroll as Unroll
-from metahpo.hypergrad.forward import Forward as Forward

@@ -11,6 +11,7 @@ from metahpo.inner.remat import Every as Every
 from metahpo.inner.remat import NoRemat as NoRemat
 from metahpo.inner.remat import Remat as Remat
 from metahpo.inner.remat import Sqrt as Sqrt
+from metahpo.inner.remat import named_remat as named_remat
 from metahpo.inner.rules import SGD as SGD
 from metahpo.inner.rules import Adadelta as Adadelta
 from metahpo.inner.rules import Adagrad as Adagrad

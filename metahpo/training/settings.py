@@ -2,19 +2,54 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
+from typing_extensions import Self
 
 from metahpo import torchrun
-from metahpo.errors import did_you_mean
+from metahpo.errors import ConfigError, did_you_mean
 
 
 class Settings(BaseModel):
     """Base of all settings: frozen, and a key that does not exist is an error."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+    @classmethod
+    def of(cls, **values: Any) -> Self:
+        """The settings given as keywords; raises ConfigError with a line for each that cannot be."""
+        try:
+            return cls(**values)
+        except ValidationError as error:
+            lines = []
+            for e in error.errors():
+                key = ".".join(map(str, e["loc"]))
+                if e["type"] == "extra_forbidden":
+                    lines.append(f"no setting {key!r}; {did_you_mean(key, cls.model_fields)}")
+                else:
+                    what = e["msg"].removeprefix("Value error, ").replace("Input should", "should")
+                    lines.append(f"{key}: {what}, found {e['input']!r}")
+            raise ConfigError("\n".join(lines)) from None
+
+
+def _remat(value: Any) -> Any:
+    if value in ("none", "sqrt") or (type(value) is int and value >= 1):
+        return value
+    raise ValueError("should be none, sqrt or a number of steps of at least 1")
+
+
+# How the outer gradient passes through the inner loop; the numbers are the same.
+InnerGradientName = Annotated[
+    Literal["reverse", "mixed"],
+    Field(description="mixed: forward over reverse, a fraction of the memory; not for every layer"),
+]
+RematName = Annotated[
+    int | str,
+    BeforeValidator(_remat),
+    Field(description="keep the state every N inner steps and compute the rest again; sqrt: N of their root"),
+]
 
 
 class TrainingSettings(Settings):
