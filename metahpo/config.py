@@ -126,12 +126,14 @@ class CustomLearner(Settings):
     args: dict[str, Any] = Field(default_factory=dict)
 
 
-def _tag(key: str):
-    def tag(value: Any) -> str | None:
+def tag(key: str) -> Discriminator:
+    """Chooses a section's model by the name under ``key``; a name with a colon is the user's own."""
+
+    def chosen(value: Any) -> str | None:
         name = value.get(key) if isinstance(value, Mapping) else getattr(value, key, None)
         return "custom" if isinstance(name, str) and ":" in name else name
 
-    return Discriminator(tag)
+    return Discriminator(chosen)
 
 
 NAME_KEY = {"data": "source", "net": "name", "learner": "name"}
@@ -153,20 +155,20 @@ Data = Annotated[
     | Annotated[FolderSettings, Tag("folder")]
     | Annotated[SinusoidSettings, Tag("sinusoid")]
     | Annotated[CustomTasks, Tag("custom")],
-    _tag("source"),
+    tag("source"),
 ]
 Net = Annotated[
     Annotated[Conv4Settings, Tag("conv4")]
     | Annotated[ResNet12Settings, Tag("resnet12")]
     | Annotated[MLPSettings, Tag("mlp")]
     | Annotated[CustomNet, Tag("custom")],
-    _tag("name"),
+    tag("name"),
 ]
 Learner = Annotated[
     Annotated[MAMLSettings, Tag("maml")]
     | Annotated[MAMLPlusPlusSettings, Tag("maml_pp")]
     | Annotated[CustomLearner, Tag("custom")],
-    _tag("name"),
+    tag("name"),
 ]
 
 
