@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -17,6 +17,18 @@ from metahpo.functional.trees import Params, map_tree
 # step; the batch is all else that the step sees, data and whatever the outer loop differentiates (hyperparameters,
 # weights that are not adapted). A captured tensor should be a constant: Mixed and remat refuse any other.
 InnerLoss = Callable[[Params, Any, Any, int], tuple[Tensor, Any]]
+
+
+class StepLoss(NamedTuple):
+    """The loss of one step as a function of the parameters alone; a tree of the tensors that it closes over."""
+
+    loss: InnerLoss
+    carry: Any
+    batch: Any
+    step: int
+
+    def __call__(self, params: Params) -> Tensor:
+        return self.loss(params, self.carry, self.batch, self.step)[0]
 
 
 class InnerGradient(Protocol):
