@@ -48,7 +48,9 @@ class Nystrom:
         small = upper @ torch.linalg.pinv((core + core.T) / 2, hermitian=True) @ upper.T
         small = small + self.damping * torch.eye(rank, dtype=small.dtype, device=small.device)
         inside = basis.T @ rhs
-        within = torch.linalg.solve(small, inside.double()).to(rhs)
-        v = basis @ within + (rhs - basis @ inside) / self.damping
+        across = rhs - basis @ inside
+        # Twice: the division would enlarge what rounding left of the range.
+        across = across - basis @ (basis.T @ across)
+        v = basis @ torch.linalg.solve(small, inside.double()).to(rhs) + across / self.damping
         left = rhs - product(v) - self.damping * v
         return Solution(v, relative(left, rhs), rank, self.tolerance)
