@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import islice
 from typing import Any, NamedTuple
 
@@ -114,14 +116,15 @@ class _Gradient:
             return list(map(torch.zeros_like, params))
         firsts, directions = zip(*pairs)
         one = len(directions[0]) == 1  # Without vmap, which costs more than it is worth and which some layers have not.
-        found = torch.autograd.grad(
-            firsts,
-            self.params,
-            [t[0] for t in directions] if one else directions,
-            retain_graph=True,
-            allow_unused=True,
-            is_grads_batched=not one,
-        )
+        with _refusals("the gradient of a layer", "Forward(chunk=1)"):
+            found = torch.autograd.grad(
+                firsts,
+                self.params,
+                [t[0] for t in directions] if one else directions,
+                retain_graph=True,
+                allow_unused=True,
+                is_grads_batched=not one,
+            )
         if one:
             found = [s if s is None else s[None] for s in found]
         return [torch.zeros_like(t) if s is None else s for t, s in zip(params, found)]
@@ -136,16 +139,24 @@ def _slopes(function: Callable[..., Any], primals: Sequence[Tensor], tangents: S
     def along(*tangents: Tensor) -> list[Tensor]:
         return jvp(floating, tuple(primals), tangents)[1]
 
-    with forward_mode(), warnings.catch_warnings():
+    with forward_mode(), warnings.catch_warnings(), _refusals("an operation of the rule", "Unroll()"):
         # torch's own, where it makes an operation's forward mode.
         warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated", FutureWarning)
-        try:
-            return vmap(along, randomness="same")(*tangents)
-        except NotImplementedError as error:
+        return vmap(along, randomness="same")(*tangents)
+
+
+@contextmanager
+def _refusals(what: str, instead: str) -> Iterator[None]:
+    """torch's own refusals, with what to choose instead."""
+    try:
+        yield
+    except (NotImplementedError, RuntimeError) as error:
+        said = one_line(error)
+        if isinstance(error, NotImplementedError) or re.search("vmap|functorch|atching rule", said):
             raise NetError(
-                f"Forward needs a forward mode, which an operation of the rule's has not ({one_line(error)}); choose "
-                "Unroll()"
+                f"{what} has no forward mode, or none for several hyperparameters at once ({said}); choose {instead}"
             ) from error
+        raise
 
 
 def _moves(leaf: Any) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+import torch
 from torch import Tensor
 
 from metahpo.hypergrad.solvers.base import Product, Solution, check_settings, first_guess, relative
@@ -36,8 +37,8 @@ class Neumann:
     def __call__(self, product: Product, rhs: Tensor, start: Tensor | None = None) -> Solution:
         v, left = first_guess(product, rhs, start)
         for _ in range(self.steps):
-            v = v + self.scale * left
-            left = left - self.scale * product(left)
+            v = torch.add(v, left, alpha=self.scale)
+            left = torch.sub(left, product(left), alpha=self.scale)
         # ``left`` is g - H v; the last term of the series is free, the look at the outcome is not.
-        v = v + self.scale * left
+        v = torch.add(v, left, alpha=self.scale)
         return Solution(v, relative(rhs - product(v), rhs), self.steps, self.tolerance)
