@@ -11,17 +11,12 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from metahpo.errors import NetError
-from metahpo.functional.levels import functorch, levels
+from metahpo.functional.levels import functorch, levels, under_torch_func
 
 
 def depends(tensor: Tensor) -> bool:
     """Whether a gradient reaches the tensor, by autograd or at any level of ``torch.func``."""
     return any(level.requires_grad for level in levels(tensor))
-
-
-def under_torch_func() -> bool:
-    """Whether this code runs inside ``torch.func.grad``, ``vmap`` or another of its transforms."""
-    return torch._C._are_functorch_transforms_active()
 
 
 def below_this_level(tensor: Tensor | None) -> Tensor | None:
