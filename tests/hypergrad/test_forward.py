@@ -47,7 +47,9 @@ def heavy_problem(needs_loss: bool = False, steps: int = 5):
     return problem, rule, outer_loss, params, {**hparams, **rule_hparams(rule)}, batches
 
 
-@pytest.mark.parametrize("given", [small_problem, heavy_problem, lambda: heavy_problem(True)], ids=["sgd", "mom", "loss"])
+@pytest.mark.parametrize(
+    "given", [small_problem, heavy_problem, lambda: heavy_problem(True)], ids=["sgd", "mom", "loss"]
+)
 @pytest.mark.parametrize("chunk", [None, 1, 4])
 def test_equals_reverse_mode(chunk, given):
     comparison = check_hypergradient(Forward(chunk), *given())
