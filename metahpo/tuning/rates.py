@@ -151,8 +151,8 @@ class RatesTuner(Tuner):
         sums = [torch.zeros_like(v).index_add_(0, self._row, pulled[name]) for name, v in values.items()]
         grads = torch.autograd.grad(list(values.values()), list(self.raw.values()), sums)
         for raw, grad in zip(self.raw.values(), grads):
-            # A training at the edge of chaos now and then gives a gradient of no use, which Adam would remember.
-            raw.grad = grad.clamp(-1, 1)
+            # Of length 1: a training at the edge of chaos now and then has a huge gradient, which Adam would remember.
+            raw.grad = grad / grad.norm().clamp(min=1e-30)
         self.optimizer.step()
         row = {"val_loss": float(result.value), "train_loss": float(result.losses[-1])}
         return {**row, **{f"mean_{name}": float(value.detach().mean()) for name, value in values.items()}}
