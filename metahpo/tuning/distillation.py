@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from metahpo.errors import CheckpointError, ConfigError, DataError, did_you_mean
 from metahpo.functional.trees import Params
+from metahpo.hypergrad.base import Hypergradient
 from metahpo.hypergrad.unroll import Unroll
 from metahpo.nets import MLP
 from metahpo.training.environment import seeded
@@ -34,8 +35,8 @@ def distill(
     validation: Any = None,
     **settings: Any,
 ) -> Distilled:
-    """Learns ``images_per_class`` synthetic images of every class, and the rates of an inner training on them, such that
-    the net fits the data set after that training (Wang et al. 2018, arXiv 1811.10959, algorithm 1).
+    """Learns ``images_per_class`` synthetic images of every class, and the rates of an inner training on them, such
+    that the net fits the data set after that training (Wang et al. 2018, arXiv 1811.10959, algorithm 1).
 
     dataset: images [N, C, H, W] with labels from 0 on (a ``Dataset``, a ``DataLoader``, a pair of tensors); net: takes
     them to logits, is copied, and tells the device (default: an MLP with 64 hidden units, drawn from ``seed``);
@@ -45,8 +46,8 @@ def distill(
     The hypergradient is exact, through every inner step. The net is in evaluation mode throughout: batch normalisation
     keeps its running statistics, and dropout is off.
 
-    Raises ConfigError for a bad setting, DataError for data that do not fit, NetError for a net whose outputs do not fit
-    or (init="random") whose weights cannot be drawn anew, NonFiniteError where the inner training diverges.
+    Raises ConfigError for a bad setting, DataError for data that do not fit, NetError for a net whose outputs do not
+    fit or (init="random") whose weights cannot be drawn anew, NonFiniteError where the inner training diverges.
     """
     try:
         chosen = DistillationSettings(images_per_class=images_per_class, **settings)
@@ -58,8 +59,8 @@ def distill(
 class DistillationTuner(Tuner):
     """``distill`` one outer step at a time.
 
-    images: the hyperparameter begun with, [classes * k, C, H, W], one of each class in turn; None: noise with the data's
-    mean and deviation. learn_images: False learns the rates alone.
+    images: to begin with, [classes * k, C, H, W], one of each class in turn; None: noise with the data's mean and
+    deviation. learn_images: False learns the rates alone.
     """
 
     title = "distill"
@@ -97,6 +98,24 @@ class DistillationTuner(Tuner):
         self.optimizer = torch.optim.Adam(groups)
 
     def step(self) -> Row:
+        found = self.hypergradient()
+        annealed = 0.5 * (1 + math.cos(math.pi * self.iteration / self.iterations))
+        rates = (self.settings.lr if self.learn_images else 0.0, self.settings.rate_lr)
+        for group, rate, name in zip(self.optimizer.param_groups, rates, (IMAGES, LOG_RATES)):
+            group["lr"] = rate * annealed
+            # Rates grow until the training is on the edge of chaos, where single gradients are huge.
+            self.hparams[name].grad = found.grads[name]
+            nn.utils.clip_grad_norm_(self.hparams[name], self.settings.clip)
+        self.optimizer.step()
+        row = {"val_loss": float(found.value), "rate": float(self.hparams[LOG_RATES].exp().mean())}
+        if self.validation:
+            with torch.no_grad():
+                right = self.training.logits(found.final_params, self.validation.x).argmax(-1) == self.validation.y
+            row["val_accuracy"] = float(right.double().mean())
+        return row
+
+    def hypergradient(self) -> Hypergradient:
+        """Of outer step number ``self.iteration``: the loss on its batch of real images, in images and rates."""
         with seeded(self.settings.seed, self.iteration):
             which = torch.randperm(len(self.data.x))[: self.settings.batch].to(self.labels.device)
         real, training = self.data.select(which), self.training
@@ -104,22 +123,8 @@ class DistillationTuner(Tuner):
         def outer_loss(params: Params, hparams: Params) -> Tensor:
             return training.losses(params, *real).mean()
 
-        nets = self.starts(self.iteration, self.settings.inits)
-        found = Unroll()(
-            training.problem, training.rule, outer_loss, training.start(nets), self.hparams, training.batches
-        )
-        annealed = 0.5 * (1 + math.cos(math.pi * self.iteration / self.iterations))
-        rates = (self.settings.lr if self.learn_images else 0.0, self.settings.rate_lr)
-        for group, rate, name in zip(self.optimizer.param_groups, rates, (IMAGES, LOG_RATES)):
-            group["lr"] = rate * annealed
-            self.hparams[name].grad = found.grads[name]
-        self.optimizer.step()
-        row = {"val_loss": float(found.value), "rate": float(self.hparams[LOG_RATES].exp().mean())}
-        if self.validation:
-            with torch.no_grad():
-                right = training.logits(found.final_params, self.validation.x).argmax(-1) == self.validation.y
-            row["val_accuracy"] = float(right.double().mean())
-        return row
+        start = training.start(self.starts(self.iteration, self.settings.inits))
+        return Unroll()(training.problem, training.rule, outer_loss, start, self.hparams, training.batches)
 
     def starts(self, draw: int, count: int) -> list[nn.Module]:
         """The net itself, or for random initialisations ``count`` nets drawn from (seed, draw)."""
@@ -128,11 +133,11 @@ class DistillationTuner(Tuner):
         return [reinitialised(self.net, self.settings.seed, draw, i) for i in range(count)]
 
     def result(self) -> Distilled:
-        cpu = {name: h.detach().clone() for name, h in self.hparams.items()}
+        found = {name: h.detach().clone() for name, h in self.hparams.items()}
         return Distilled(
-            cpu[IMAGES],
+            found[IMAGES],
             self.labels,
-            cpu[LOG_RATES].exp(),
+            found[LOG_RATES].exp(),
             tuple(self.training.batches),
             copy.deepcopy(self.net),
             self.settings.init == "fixed",
@@ -147,6 +152,10 @@ class DistillationTuner(Tuner):
         over them where there are several, and "runs" their number.
         """
         return compared(self, x, y)
+
+    def run(self, until: int | None = None, each: Callable[[Row], None] | None = None) -> Distilled:
+        super().run(until, each)
+        return self.result()
 
     def state_dict(self) -> dict[str, Any]:
         return {
@@ -194,8 +203,8 @@ def _all_classes(data: Labelled) -> int:
     missing = (count == 0).nonzero().flatten().tolist()
     if missing:
         raise DataError(
-            f"dataset: class {missing[0]} has no images; found labels up to {len(count) - 1}, expected every class from "
-            "0 to that"
+            f"dataset: class {missing[0]} has no images; expected some of every class from 0 to {len(count) - 1}, the "
+            "largest label"
         )
     return len(count)
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 DRAWS = 5  # of real images, for the control.
 STARTS = 8  # Fresh initialisations, where these are random.
-CONTROL_STEPS = 200  # The most outer steps for the control's rates, which settle long before images do.
+CONTROL_STEPS = 100  # The most outer steps for the control's rates; their own rate is higher by as much.
 TEST, CONTROL = -4, -5  # In place of the number of an outer step, so that nothing is drawn twice.
 
 
@@ -38,7 +38,9 @@ def compared(tuner: DistillationTuner, x: Tensor, y: Tensor) -> dict[str, Row]:
 
 def _on_real_images(tuner: DistillationTuner):
     """The tuner's twins on real images: as many of each class, drawn at random, with their rates learnt."""
-    settings = tuner.settings.model_copy(update={"iterations": min(tuner.iterations, CONTROL_STEPS)})
+    steps = min(tuner.iterations, CONTROL_STEPS)
+    rate_lr = tuner.settings.rate_lr * tuner.iterations / steps
+    settings = tuner.settings.model_copy(update={"iterations": steps, "rate_lr": rate_lr})
     for draw in range(DRAWS):
         with seeded(tuner.settings.seed, CONTROL, draw):
             order = torch.randperm(len(tuner.data.x))
@@ -59,7 +61,7 @@ def _first_of_class(tuner: DistillationTuner, order: Tensor, label: int) -> Tens
 def _scores(tuner: DistillationTuner, nets: list[nn.Module], test: Labelled) -> tuple[Tensor, Tensor]:
     """(loss [R], accuracy [R]) of the nets once trained on the tuner's images."""
     training = tuner.training
-    params: Params = training.fit(training.start(nets), {n: h for n, h in tuner.hparams.items()})
+    params: Params = training.fit(training.start(nets), tuner.hparams)
     with torch.no_grad():
         logits = training.logits(params, test.x)
         return training.losses(params, *test), (logits.argmax(-1) == test.y).double().mean(1)

@@ -25,15 +25,18 @@ class DistillationSettings(Settings):
         default=False,
         description="each step of an epoch sees its own share of the images of every class; false: all of them",
     )
-    rate: float = Field(default=0.2, gt=0, description="inner rate to begin with")
+    rate: float = Field(default=0.1, gt=0, description="inner rate to begin with")
     iterations: int = Field(default=400, ge=1, description="outer steps (Adam)")
     batch: int = Field(default=256, ge=1, description="real images an outer step")
     inits: int = Field(
         default=4, ge=1, description="new initialisations an outer step, under torch.func.vmap if more than one"
     )
-    lr: float = Field(default=0.05, gt=0, description="outer rate of the images, annealed to 0 by a cosine")
+    lr: float = Field(default=0.02, gt=0, description="outer rate of the images, annealed to 0 by a cosine")
     rate_lr: float = Field(
         default=0.02, gt=0, description="outer rate of the logarithms of the inner rates, annealed too"
+    )
+    clip: float = Field(
+        default=0.1, gt=0, description="the greatest norm of an outer gradient, of images and of rates each"
     )
     full_steps: int = Field(default=1000, ge=1, description="Adam steps on all real images, to compare with")
     seed: int = Field(default=0, ge=0)

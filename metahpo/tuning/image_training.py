@@ -19,7 +19,7 @@ IMAGES, LOG_RATES = "images", RULE + "log_rates"
 
 
 class StepRates(UpdateRule):
-    """w <- w - exp(log_rates[step]) * gradient: a positive rate for every step; ``log_rates`` is one [steps] parameter."""
+    """w <- w - exp(log_rates[step]) * gradient: a positive rate for each step; log_rates: one [steps] parameter."""
 
     def __init__(self, steps: int):
         super().__init__()
@@ -41,6 +41,8 @@ class ImageTraining:
     def __init__(self, net: nn.Module, labels: Tensor, batches: Sequence[Tensor]):
         self.labels, self.batches = labels, list(batches)
         self.net = FunctionalModule(net)
+        if not self.net.params():
+            raise NetError(f"net: {type(net).__name__} has no trainable parameters")
         self.rule = StepRates(len(self.batches))
         self.problem = InnerProblem(self.loss)
         # Constants, or an outer gradient would look for them.
