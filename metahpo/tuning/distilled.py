@@ -118,9 +118,9 @@ def _sheet(images: Tensor, labels: Tensor, cells: Sequence[tuple[int, int, int]]
         axis.set_title(str(int(labels[which])), fontsize=11, pad=3)
         if coloured:
             low, high = image.min(), image.max()
-            axis.imshow((image - low) / (high - low).clamp_min(1e-12))
+            axis.imshow(((image - low) / (high - low).clamp_min(1e-12)).numpy())
         else:
-            shown = axis.imshow(image.mean(-1), cmap="RdBu_r", vmin=-reach, vmax=reach)
+            shown = axis.imshow(image.mean(-1).numpy(), cmap="RdBu_r", vmin=-reach, vmax=reach)
     if shown is not None:
         figure.colorbar(shown, ax=axes, fraction=0.04, label="pixel")
     return figure
