@@ -27,7 +27,7 @@ from metahpo.custom import brief, call, check_learner, check_source, reason
 from metahpo.errors import CheckpointError, ConfigError, NetError, did_you_mean
 from metahpo.inner import Mixed, Reverse, named_remat
 from metahpo.learners import MAML, MAMLPlusPlus, MetaLearner
-from metahpo.nets import MLP, Conv4, ResNet12, SmallResNet
+from metahpo.nets import MLP, Conv4, ResidualMLP, ResNet12, SmallResNet
 from metahpo.tasks import Episodes, LabelledImages, Sinusoid, Task, TaskSource
 from metahpo.training.checkpoint import CheckpointStore
 from metahpo.training.distributed import current
@@ -36,6 +36,15 @@ from metahpo.training.settings import TrainingSettings
 from metahpo.training.trainer import Trainer
 
 SPLITS = ("train", "val", "test")
+
+
+NETS: dict[str, type[nn.Module]] = {
+    "mlp": MLP,
+    "residual_mlp": ResidualMLP,
+    "conv4": Conv4,
+    "resnet12": ResNet12,
+    "small_resnet": SmallResNet,
+}
 
 
 def build_tasks(config: RunConfig, splits: tuple[str, ...] = SPLITS) -> dict[str, TaskSource]:
@@ -130,8 +139,8 @@ def make_net(settings: Any, in_shape: tuple[int, ...], out_features: int) -> nn.
         if not isinstance(net, nn.Module):
             raise ConfigError(f"net.name: {settings.name} gave {type(net).__name__}, expected a torch.nn.Module")
         return net
-    kind = {"mlp": MLP, "conv4": Conv4, "resnet12": ResNet12, "small_resnet": SmallResNet}[settings.name]
-    if kind is not MLP and len(in_shape) != 3:
+    kind = NETS[settings.name]
+    if kind not in (MLP, ResidualMLP) and len(in_shape) != 3:
         raise NetError(f"net {settings.name} takes images [C, H, W]; the data gives {list(in_shape)}; choose mlp")
     try:
         return kind(**shape, **settings.model_dump(exclude={"name"}))

@@ -59,6 +59,12 @@ class SmallResNetSettings(Settings):
     norm: Literal["batch", "group"] = "batch"
 
 
+class ResidualMLPSettings(Settings):
+    name: Literal["residual_mlp"]
+    width: int = Field(default=32, ge=1)
+    blocks: int = Field(default=3, ge=1, description="pairs of layers with a connection around them")
+
+
 UNIONS: dict[str, dict[str, type[Settings]]] = {
     "data": {
         "digits": DigitsSettings,
@@ -69,6 +75,7 @@ UNIONS: dict[str, dict[str, type[Settings]]] = {
     },
     "net": {
         "mlp": MLPSettings,
+        "residual_mlp": ResidualMLPSettings,
         "small_resnet": SmallResNetSettings,
         "conv4": Conv4Settings,
         "resnet12": ResNet12Settings,

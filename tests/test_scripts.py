@@ -40,6 +40,18 @@ def test_mixed_mode_with_remat_takes_a_fraction_of_the_memory(tmp_path, script):
 
 
 def test_the_inner_loop_benchmark_measures_and_compares(tmp_path, script):
+def test_ten_distilled_digits_beat_ten_real_ones(tmp_path):
+    figures, picture = tmp_path / "figures.json", tmp_path / "images.png"
+    command = [sys.executable, SCRIPTS / "prove_distillation.py", "--quick", "--json", figures, "--picture", picture]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    accuracies = {row["training"]: row["accuracy"] for row in json.loads(figures.read_text())["rows"]}
+    assert accuracies["distilled images"] > 0.9 * accuracies["whole training set"]
+    assert accuracies["random real images"] < 0.7 * accuracies["whole training set"]
+    assert picture.stat().st_size > 0
+
+
+def test_the_inner_loop_benchmark_measures_and_compares(tmp_path):
     figures = tmp_path / "figures.json"
     code, out, err = script("benchmark_inner_loop", "--quick", "--float64", "--json", figures)
     assert code == 0, out + err

@@ -42,10 +42,10 @@ class RatesSettings(Settings):
     phases: int = Field(default=4, ge=1, description="parts of the training, each with values of its own")
     steps: int = Field(default=100, ge=1, description="of the training")
     batch: int = Field(default=50, ge=1, description="training examples a step")
-    lr: float = Field(default=0.1, gt=0, description="the rate to begin with")
+    lr: float = Field(default=0.05, gt=0, description="the rate to begin with")
     momentum: float = Field(default=0.9, gt=0, lt=1, description="SGD's to begin with; Adam's beta1")
     weight_decay: float = Field(default=1e-4, ge=0, description="to begin with; 0: none")
-    iterations: int = Field(default=40, ge=1, description="outer steps, each one training and its gradient")
+    iterations: int = Field(default=60, ge=1, description="outer steps, each one training and its gradient")
     outer_lr: float = Field(default=0.1, gt=0, description="Adam's rate on log rates, log decays and logits of momenta")
     fresh: bool = Field(default=True, description="new initial weights in each outer step; false: the net's own")
     inner_gradient: InnerGradientName = "reverse"
@@ -127,6 +127,7 @@ class RatesTuner(Tuner):
                 raise ConfigError(f"tune: found {name!r}, but {why}")
         shape = (len(self.groups), settings.phases)
         self.raw = {name: torch.full(shape, _inverse(name, own[name]), device=self.device) for name in settings.tune}
+        self.before = {name: raw.clone() for name, raw in self.raw.items()}
         for raw in self.raw.values():
             raw.requires_grad_()
         self.fixed = {name: torch.full(shape, own[name], device=self.device) for name in own if name not in self.raw}
@@ -153,6 +154,7 @@ class RatesTuner(Tuner):
         for raw, grad in zip(self.raw.values(), grads):
             # Of length 1: a training at the edge of chaos now and then has a huge gradient, which Adam would remember.
             raw.grad = grad / grad.norm().clamp(min=1e-30)
+        self.before = {name: raw.detach().clone() for name, raw in self.raw.items()}
         self.optimizer.step()
         row = {"val_loss": float(result.value), "train_loss": float(result.losses[-1])}
         return {**row, **{f"mean_{name}": float(value.detach().mean()) for name, value in values.items()}}
@@ -160,7 +162,8 @@ class RatesTuner(Tuner):
     def _differentiated(
         self, module: FunctionalModule, batches: list[Any], val: tuple[Tensor, Tensor]
     ) -> tuple[Params, Hypergradient]:
-        """The hyperparameters and the hypergradient at them; where the training diverges, at halved rates."""
+        """The hyperparameters and the hypergradient at them; where the training diverges, at those before the last
+        outer step, and then at halved rates."""
         buffers = module.buffers_by_name()
 
         def output(params: Params, x: Tensor, training: bool) -> Tensor:
@@ -172,7 +175,7 @@ class RatesTuner(Tuner):
         def outcome(params: Params, hparams: Params) -> Tensor:
             return self.loss(output(params, val[0], False), val[1])
 
-        for halvings in itertools.count():
+        for attempt in itertools.count():
             values = self.values()
             hparams = {f"rule.{name}": value.detach()[self._row] for name, value in values.items()}
             try:
@@ -185,11 +188,14 @@ class RatesTuner(Tuner):
                     batches,
                 )
             except NonFiniteError as error:
-                if "lr" not in self.raw or halvings == 4:
+                if "lr" not in self.raw or attempt == 5:
                     raise
-                self.warnings[f"outer step {self.iteration + 1}: {error}; all rates were halved"] = None
+                back = attempt == 0 and self.iteration > 0
+                done = "the last outer step was taken back" if back else "all rates were halved"
+                self.warnings[f"outer step {self.iteration + 1}: {error}; {done}"] = None
                 with torch.no_grad():
-                    self.raw["lr"] -= math.log(2)
+                    for name, raw in self.raw.items():
+                        raw.copy_(self.before[name] if back else raw - math.log(2) if name == "lr" else raw)
             else:
                 return values, result
         raise AssertionError("unreachable")
@@ -239,12 +245,13 @@ class RatesTuner(Tuner):
 
     def state_dict(self) -> dict[str, Any]:
         raw = {name: value.detach() for name, value in self.raw.items()}
-        return {"raw": raw, "optimizer": self.optimizer.state_dict()}
+        return {"raw": raw, "before": self.before, "optimizer": self.optimizer.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         with torch.no_grad():
             for name, value in self.raw.items():
                 value.copy_(state["raw"][name])
+                self.before[name] = state["before"][name].to(self.device)
         self.optimizer.load_state_dict(state["optimizer"])
 
 

@@ -5,9 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from metahpo.errors import HypergradientError, NonFiniteError
-from metahpo.hypergrad import CG, FixedPoint, Implicit, InnerState, Neumann, Nystrom, Unroll
-from metahpo.inner import SGD, InnerProblem, rule_hparams
+from metahpo.hypergrad import CG, FixedPoint, Implicit, InnerState, Neumann, Nystrom
+from metahpo.inner import SGD, InnerProblem
 
 RATE = 0.4
 SOLVERS = [CG(200, 1e-12), Neumann(150, RATE, 1e-12), FixedPoint(150, 1e-12), Nystrom(6, 1e-12)]
