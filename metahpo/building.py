@@ -13,24 +13,21 @@ from torch import nn
 
 from metahpo import torchrun
 from metahpo.config import (
-    Conv4Settings,
     CustomLearner,
     CustomNet,
     CustomTasks,
     FolderSettings,
     GlyphsSettings,
     MAMLSettings,
-    MLPSettings,
     OmniglotSettings,
-    ResNet12Settings,
     RunConfig,
     SinusoidSettings,
 )
 from metahpo.custom import brief, call, check_learner, check_source, reason
 from metahpo.errors import CheckpointError, ConfigError, NetError, did_you_mean
-from metahpo.inner import Every, Mixed, NoRemat, Remat, Reverse, Sqrt
+from metahpo.inner import Mixed, Reverse, named_remat
 from metahpo.learners import MAML, MAMLPlusPlus, MetaLearner
-from metahpo.nets import MLP, Conv4, ResNet12
+from metahpo.nets import MLP, Conv4, ResNet12, SmallResNet
 from metahpo.tasks import Episodes, LabelledImages, Sinusoid, Task, TaskSource
 from metahpo.training.checkpoint import CheckpointStore
 from metahpo.training.distributed import current
@@ -117,33 +114,27 @@ def build_learner(config: RunConfig, example: Task) -> MetaLearner:
         kind = MAML if isinstance(settings, MAMLSettings) else MAMLPlusPlus
         options = settings.model_dump(exclude={"name", "inner_gradient", "remat"})
         gradient = Mixed() if settings.inner_gradient == "mixed" else Reverse()
-        return kind(net, loss=loss, gradient=gradient, remat=_remat(settings.remat), **options)
-
-
-def _remat(setting: int | str) -> Remat:
-    if isinstance(setting, int):
-        return Every(setting)
-    return Sqrt() if setting == "sqrt" else NoRemat()
+        return kind(net, loss=loss, gradient=gradient, remat=named_remat(settings.remat), **options)
 
 
 def build_net(config: RunConfig, example: Task) -> nn.Module:
     """The net for inputs and targets like ``example``'s."""
-    shape = {"in_shape": tuple(example.support_x.shape[1:]), "out_features": _outputs(example)}
-    settings = config.net
+    return make_net(config.net, tuple(example.support_x.shape[1:]), _outputs(example))
+
+
+def make_net(settings: Any, in_shape: tuple[int, ...], out_features: int) -> nn.Module:
+    """The net that the settings of the section ``net`` describe, or the user's own."""
+    shape = {"in_shape": in_shape, "out_features": out_features}
     if isinstance(settings, CustomNet):
         net = call(settings.name, "net.name", settings.args, optional=shape)
         if not isinstance(net, nn.Module):
             raise ConfigError(f"net.name: {settings.name} gave {type(net).__name__}, expected a torch.nn.Module")
         return net
-    if isinstance(settings, (Conv4Settings, ResNet12Settings)) and len(shape["in_shape"]) != 3:
-        found = list(shape["in_shape"])
-        raise NetError(f"net {settings.name} takes images [C, H, W]; the data gives {found}; choose mlp")
+    kind = {"mlp": MLP, "conv4": Conv4, "resnet12": ResNet12, "small_resnet": SmallResNet}[settings.name]
+    if kind is not MLP and len(in_shape) != 3:
+        raise NetError(f"net {settings.name} takes images [C, H, W]; the data gives {list(in_shape)}; choose mlp")
     try:
-        if isinstance(settings, MLPSettings):
-            return MLP(**shape, hidden=settings.hidden)
-        if isinstance(settings, ResNet12Settings):
-            return ResNet12(**shape, widths=settings.widths, slope=settings.slope)
-        return Conv4(**shape, filters=settings.filters, slope=settings.slope)
+        return kind(**shape, **settings.model_dump(exclude={"name"}))
     except (RuntimeError, MemoryError, OverflowError, TypeError) as error:
         raise NetError(f"net {settings.name} of this size cannot be made: {brief(error)}") from error
 
@@ -151,10 +142,11 @@ def build_net(config: RunConfig, example: Task) -> nn.Module:
 def check_net(net: nn.Module, example: Task, name: str) -> None:
     """Raises NetError unless ``net`` maps the task's inputs, support and query, to outputs that fit its targets."""
     for x in (example.support_x.cpu(), example.query_x.cpu()):
-        _check_outputs(net, x, _outputs(example), name, "values" if example.query_y.is_floating_point() else "ways")
+        check_outputs(net, x, _outputs(example), name, "values" if example.query_y.is_floating_point() else "ways")
 
 
-def _check_outputs(net: nn.Module, x: torch.Tensor, outputs: int, name: str, what: str) -> None:
+def check_outputs(net: nn.Module, x: torch.Tensor, outputs: int, name: str, what: str) -> None:
+    """Raises NetError unless ``net`` maps inputs [N, ...] to [N, outputs]; what: what these are, for the message."""
     expected = [len(x), outputs]
     was_training = net.training
     try:

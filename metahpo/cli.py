@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import os
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from metahpo import __version__, torchrun
-from metahpo.errors import CheckpointError, ConfigError, MetaHPOError, NonFiniteError, RankError, one_line
+from metahpo.cli_tune import add_tune
+from metahpo.errors import MetaHPOError, NonFiniteError, RankError, UsageError, one_line
+from metahpo.run_dirs import check_new, existing_run_dir, new_run_dir
 
 TRAIN = """Meta-trains the learner that CONFIG describes, tests it, and writes a report.
 
@@ -39,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _say(str(error), everywhere=True)
         return 1
     except MetaHPOError as error:
-        _say(str(error), everywhere=isinstance(error, _UsageError))
+        _say(str(error), everywhere=isinstance(error, UsageError))
         return 1 if isinstance(error, RankError) else 2
     except KeyboardInterrupt as stop:
         _say(str(stop) or "stopped by SIGINT", everywhere=True)
@@ -65,15 +65,11 @@ def _say(text: str, everywhere: bool) -> None:
         print(f"metahpo: {line}", file=sys.stderr, flush=True)
 
 
-class _UsageError(ConfigError):
-    """A wrong command line."""
-
-
 class _Parser(argparse.ArgumentParser):
     """Reports a usage error as every other bad input: one line."""
 
     def error(self, message: str):
-        raise _UsageError(f"{message}; see {self.prog} --help")
+        raise UsageError(f"{message}; see {self.prog} --help")
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -107,6 +103,8 @@ def _parser() -> argparse.ArgumentParser:
         help="stop after N epochs in all, test and report; --resume goes on",
     )
     train.set_defaults(run=_train)
+
+    add_tune(commands, _positive)
 
     evaluate = commands.add_parser(
         "evaluate",
@@ -153,9 +151,9 @@ def _train(options: argparse.Namespace) -> int:
         return 0
     given = [options.config, *options.overrides] if options.config else options.overrides
     if options.resume and given:
-        raise _UsageError(f"--resume takes the run's own config; found {' '.join(given)!r} as well")
+        raise UsageError(f"--resume takes the run's own config; found {' '.join(given)!r} as well")
     if not options.resume and not options.config:
-        raise _UsageError("a CONFIG is needed, or --resume RUN_DIR; see metahpo train --help")
+        raise UsageError("a CONFIG is needed, or --resume RUN_DIR; see metahpo train --help")
     with process_group() as ranks:
         config, run_dir, trainer = _resumed(options, ranks) if options.resume else _begun(options, ranks)
         show = print if ranks.first else _nothing
@@ -178,11 +176,11 @@ def _begun(options: argparse.Namespace, ranks: Any):
     def read():
         config = load_config(options.config, options.overrides)
         if config.run_dir:
-            _check_new(config.run_dir)
+            check_new(config.run_dir)
         return config
 
     def make() -> Path:
-        run_dir = config.run_dir or _new_run_dir(Path(options.config))
+        run_dir = config.run_dir or new_run_dir(Path(options.config))
         run_dir.mkdir(parents=True, exist_ok=True)
         write_atomically(run_dir / "config.yaml", dump_config(config).encode())
         return run_dir
@@ -204,7 +202,7 @@ def _resumed(options: argparse.Namespace, ranks: Any):
     from metahpo.config_file import load_config
 
     run_dir = Path(options.resume)
-    config = ranks.on_first(lambda: load_config(_run_dir(options.resume) / "config.yaml"))
+    config = ranks.on_first(lambda: load_config(existing_run_dir(options.resume) / "config.yaml"))
     trainer = resume_trainer(config, run_dir)
     if ranks.first:
         if trainer.epoch < config.training.epochs:
@@ -224,7 +222,7 @@ def _evaluate(options: argparse.Namespace) -> int:
 
     with process_group() as ranks:
         run_dir = Path(options.run_dir)
-        config = ranks.on_first(lambda: load_config(_run_dir(options.run_dir) / "config.yaml"))
+        config = ranks.on_first(lambda: load_config(existing_run_dir(options.run_dir) / "config.yaml"))
         _test(config, run_dir, options.split, options.tasks or config.training.test_tasks, ranks)
     return 0
 
@@ -234,7 +232,7 @@ def _report(options: argparse.Namespace) -> int:
     from metahpo.config_file import load_config
     from metahpo.training.ensemble import load_best
 
-    run_dir = _run_dir(options.run_dir)
+    run_dir = existing_run_dir(options.run_dir)
     config = load_config(run_dir / "config.yaml")
     tasks = build_tasks(config, ("test",))["test"]
     learner = build_learner(config, tasks.task(0))
@@ -265,39 +263,6 @@ def _write_report(run_dir: Path, learner: Any, example: Any) -> None:
     from metahpo.report import write_report
 
     print(f"report: {write_report(run_dir, learner.cpu(), example.to('cpu'))}")
-
-
-def _check_new(run_dir: Path) -> None:
-    """Raises, before data is loaded, if the run cannot be kept in ``run_dir``."""
-    for path in (run_dir, *run_dir.parents):
-        if path.exists():
-            if not path.is_dir():
-                raise ConfigError(f"run_dir {run_dir}: {path} is a file, expected a folder")
-            if not os.access(path, os.W_OK | os.X_OK):
-                raise ConfigError(f"run_dir {run_dir}: no permission to write in {path}")
-            break
-    if any((run_dir / "checkpoints").glob("*.pt")):
-        raise CheckpointError(f"{run_dir} already holds a run; --resume it or choose another run_dir")
-
-
-def _run_dir(name: str) -> Path:
-    path = Path(name)
-    if not (path / "config.yaml").exists():
-        raise CheckpointError(f"{name} is not a run directory: it has no config.yaml")
-    return path
-
-
-def _new_run_dir(config: Path) -> Path:
-    """Makes runs/CONFIG/DATE-TIME, or with a number after it where another run was as fast."""
-    base = Path("runs") / config.parent.name / config.stem / time.strftime("%Y-%m-%d-%H%M%S")
-    for number in itertools.count(1):
-        path = base if number == 1 else base.with_name(f"{base.name}-{number}")
-        try:
-            path.mkdir(parents=True)
-        except FileExistsError:
-            continue
-        return path
-    raise AssertionError("unreachable")
 
 
 def _epoch_line(row: dict[str, float], epochs: int) -> str:

@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
-from pydantic import BeforeValidator, Discriminator, Field, Tag, field_validator
+from pydantic import Discriminator, Field, Tag, field_validator
 
-from metahpo.training.settings import Settings, TrainingSettings
+from metahpo.training.settings import InnerGradientName, RematName, Settings, TrainingSettings
 
 # Where a name may be the user's own code, MODULE:ATTRIBUTE, found from the working directory.
 CustomName = Annotated[str, Field(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")]
@@ -95,24 +95,6 @@ class CustomNet(Settings):
     args: dict[str, Any] = Field(default_factory=dict)
 
 
-def _remat(value: Any) -> Any:
-    if value in ("none", "sqrt") or (type(value) is int and value >= 1):
-        return value
-    raise ValueError("should be none, sqrt or a number of steps of at least 1")
-
-
-# How the outer gradient passes through the inner loop; the numbers are the same.
-InnerGradientName = Annotated[
-    Literal["reverse", "mixed"],
-    Field(description="mixed: forward over reverse, a fraction of the memory; not for every layer"),
-]
-RematName = Annotated[
-    int | str,
-    BeforeValidator(_remat),
-    Field(description="keep the state every N inner steps and compute the rest again; sqrt: N of their root"),
-]
-
-
 class MAMLSettings(Settings):
     name: Literal["maml"]
     steps: int = Field(default=5, ge=1)
@@ -144,12 +126,14 @@ class CustomLearner(Settings):
     args: dict[str, Any] = Field(default_factory=dict)
 
 
-def _tag(key: str):
-    def tag(value: Any) -> str | None:
+def tag(key: str) -> Discriminator:
+    """Chooses a section's model by the name under ``key``; a name with a colon is the user's own."""
+
+    def chosen(value: Any) -> str | None:
         name = value.get(key) if isinstance(value, Mapping) else getattr(value, key, None)
         return "custom" if isinstance(name, str) and ":" in name else name
 
-    return Discriminator(tag)
+    return Discriminator(chosen)
 
 
 NAME_KEY = {"data": "source", "net": "name", "learner": "name"}
@@ -171,20 +155,20 @@ Data = Annotated[
     | Annotated[FolderSettings, Tag("folder")]
     | Annotated[SinusoidSettings, Tag("sinusoid")]
     | Annotated[CustomTasks, Tag("custom")],
-    _tag("source"),
+    tag("source"),
 ]
 Net = Annotated[
     Annotated[Conv4Settings, Tag("conv4")]
     | Annotated[ResNet12Settings, Tag("resnet12")]
     | Annotated[MLPSettings, Tag("mlp")]
     | Annotated[CustomNet, Tag("custom")],
-    _tag("name"),
+    tag("name"),
 ]
 Learner = Annotated[
     Annotated[MAMLSettings, Tag("maml")]
     | Annotated[MAMLPlusPlusSettings, Tag("maml_pp")]
     | Annotated[CustomLearner, Tag("custom")],
-    _tag("name"),
+    tag("name"),
 ]
 
 

@@ -14,6 +14,10 @@ class ConfigError(MetaHPOError):
     """A configuration that cannot be run; the message lists every offending key."""
 
 
+class UsageError(ConfigError):
+    """A wrong command line."""
+
+
 class DataError(MetaHPOError):
     """A data set that is missing, damaged or too small for the tasks asked of it."""
 

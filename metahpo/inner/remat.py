@@ -66,6 +66,13 @@ class Sqrt:
         return Every(max(math.isqrt(len(batches) - 1) + 1, 1) if batches else 1).segments(batches)
 
 
+def named_remat(setting: int | str) -> Remat:
+    """As configs name them: "none", "sqrt", or N for ``Every(N)``."""
+    if isinstance(setting, int):
+        return Every(setting)
+    return Sqrt() if setting == "sqrt" else NoRemat()
+
+
 def recomputed_steps(
     loss: InnerLoss,
     rule: UpdateRule,

@@ -40,7 +40,7 @@ def write_report(run_dir: str | Path, learner: MetaLearner, example_task: Task, 
     """
     run_dir = Path(run_dir)
     history = _history(run_dir / "metrics.csv")
-    test, versions = _json(run_dir / "test.json"), _json(run_dir / "versions.json")
+    test, versions = read_json(run_dir / "test.json"), read_json(run_dir / "versions.json")
     rates, shown = inner_rates(learner), example(learner, example_task)
     folder = run_dir / "report"
     folder.mkdir(exist_ok=True)
@@ -56,8 +56,8 @@ def write_report(run_dir: str | Path, learner: MetaLearner, example_task: Task, 
         "objective: with a multi-step loss, the weighted sum over the inner steps.",
         _rates(rates, heat_map) if rates else "",
         _example(isinstance(shown, CurveExample)) if picture else "",
-        _config(run_dir / "config.yaml"),
-        _versions(versions) if versions else "",
+        config_block(run_dir / "config.yaml"),
+        versions_table(versions) if versions else "",
     ]
     page = folder / "report.md"
     write_atomically(page, ("\n\n".join(part for part in parts if part) + "\n").encode())
@@ -83,7 +83,7 @@ def _history(path: Path) -> list[Row]:
     return rows
 
 
-def _json(path: Path) -> dict[str, Any] | None:
+def read_json(path: Path) -> dict[str, Any] | None:
     if not path.exists():
         return None
     try:
@@ -184,7 +184,7 @@ def _example(regression: bool) -> str:
     return f"## An example task\n\n{what}\n\n![example task](example.png)"
 
 
-def _config(path: Path) -> str:
+def config_block(path: Path) -> str:
     if not path.exists():
         return ""
     text = path.read_text(encoding="utf-8", errors="replace").rstrip("\n")
@@ -193,7 +193,7 @@ def _config(path: Path) -> str:
     return f"## Config\n\n{fence}yaml\n{text}\n{fence}"
 
 
-def _versions(versions: Mapping[str, Any]) -> str:
+def versions_table(versions: Mapping[str, Any]) -> str:
     lines = [f"| {_cell(str(name))} | {_cell(str(value))} |" for name, value in versions.items()]
     return "\n".join(["## Versions", "", "| | |", "| --- | --- |", *lines])
 

@@ -20,8 +20,8 @@ from metahpo.errors import CheckpointError, one_line
 State = dict[str, Any]
 # epoch-0003.<checksum>.pt holds the state after 3 epochs; epoch-0003-step-00017 that after 17 more iterations.
 _NAME = re.compile(r"epoch-(\d+)(?:-step-(\d+))?\.([0-9a-f]{16})\.pt")
-# What every checkpoint holds, with its type.
-_CONTENT = {
+# What every checkpoint of a training holds, with its type.
+TRAINING = {
     "epoch": int,
     "iteration": int,
     "learner": dict,
@@ -37,11 +37,11 @@ class CheckpointStore:
 
     A file is written whole under another name, synced, and renamed, so a name that exists is a complete file; the name
     carries the start of the content's SHA-256, so later damage is noticed. ``torch.load(file, weights_only=True)``
-    reads it.
+    reads it. content: the types, by name, of what every one of them holds.
     """
 
-    def __init__(self, folder: str | Path):
-        self.folder = Path(folder)
+    def __init__(self, folder: str | Path, content: Mapping[str, type] = TRAINING):
+        self.folder, self.content = Path(folder), content
 
     def save(self, state: State, epoch: int, iteration: int = 0, keep: Collection[int] = ()) -> Path:
         """Saves ``state`` reached after ``epoch`` whole epochs and ``iteration`` iterations of the next.
@@ -67,7 +67,7 @@ class CheckpointStore:
         damaged: list[str] = []
         for path in reversed(self.list()):
             try:
-                return path, load_checkpoint(path), damaged
+                return path, load_checkpoint(path, self.content), damaged
             except DamagedCheckpoint as error:
                 damaged.append(str(error))
         if damaged:
@@ -104,8 +104,11 @@ def position(path: Path) -> tuple[int, int]:
     return int(match[1]), int(match[2] or 0)
 
 
-def load_checkpoint(path: str | Path) -> State:
-    """Reads one checkpoint; raises DamagedCheckpoint if it was damaged, CheckpointError if it holds code."""
+def load_checkpoint(path: str | Path, content: Mapping[str, type] = TRAINING) -> State:
+    """Reads one checkpoint, which should hold ``content`` (types by name).
+
+    Raises DamagedCheckpoint if it was damaged, CheckpointError if it holds code.
+    """
     path = Path(path)
     try:
         data = path.read_bytes()
@@ -126,7 +129,7 @@ def load_checkpoint(path: str | Path) -> State:
         ) from None
     except Exception as error:
         raise DamagedCheckpoint(f"checkpoint {path} is damaged: {one_line(error)}") from None
-    for name, kind in _CONTENT.items():
+    for name, kind in content.items():
         if not (isinstance(state, dict) and isinstance(state.get(name), kind)):
             raise CheckpointError(f"{path} is not a metahpo checkpoint: it has no {name!r} ({kind.__name__})")
     return state

@@ -2,19 +2,88 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+)
+from typing_extensions import Self
 
 from metahpo import torchrun
-from metahpo.errors import did_you_mean
+from metahpo.errors import ConfigError, did_you_mean
 
 
 class Settings(BaseModel):
     """Base of all settings: frozen, and a key that does not exist is an error."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+    @classmethod
+    def of(cls, **values: Any) -> Self:
+        """The settings given as keywords; raises ConfigError with a line for each that cannot be."""
+        try:
+            return cls(**values)
+        except ValidationError as error:
+            lines = []
+            for e in error.errors():
+                key = ".".join(map(str, e["loc"]))
+                if e["type"] == "extra_forbidden":
+                    lines.append(f"no setting {key!r}; {did_you_mean(key, cls.model_fields)}")
+                else:
+                    what = e["msg"].removeprefix("Value error, ").replace("Input should", "should")
+                    lines.append(f"{key}: {what}, found {e['input']!r}")
+            raise ConfigError("\n".join(lines)) from None
+
+
+def _remat(value: Any) -> Any:
+    if value in ("none", "sqrt") or (type(value) is int and value >= 1):
+        return value
+    raise ValueError("should be none, sqrt or a number of steps of at least 1")
+
+
+# How the outer gradient passes through the inner loop; the numbers are the same.
+InnerGradientName = Annotated[
+    Literal["reverse", "mixed"],
+    Field(description="mixed: forward over reverse, a fraction of the memory; not for every layer"),
+]
+RematName = Annotated[
+    int | str,
+    BeforeValidator(_remat),
+    Field(description="keep the state every N inner steps and compute the rest again; sqrt: N of their root"),
+]
+
+
+def _known_device(name: str) -> str:
+    if name != "auto":
+        try:
+            kind = torch.device(name).type
+        except RuntimeError:
+            raise ValueError(f"{name!r} is not a torch device") from None
+        if kind not in ("cpu", "cuda"):
+            raise ValueError("should be auto, cpu or cuda")
+        if kind == "cuda" and not torch.cuda.is_available():
+            raise ValueError("this machine has no CUDA device")
+    return name
+
+
+DeviceName = Annotated[str, AfterValidator(_known_device), Field(description="auto, cpu, cuda, cuda:1, ...")]
+
+
+def device_of(name: str) -> torch.device:
+    """The device that "auto" stands for here; under torchrun "cuda" is each rank's own."""
+    auto = "cuda" if torch.cuda.is_available() else "cpu"
+    device, local = torch.device(auto if name == "auto" else name), torchrun.local_rank()
+    if device.type == "cuda" and device.index is None and local is not None:
+        return torch.device("cuda", local)
+    return device
 
 
 class TrainingSettings(Settings):
@@ -44,7 +113,7 @@ class TrainingSettings(Settings):
         default="float32",
         description="of the net: tf32 rounds the inputs of products (CUDA; no change on a CPU), bf16 is autocast",
     )
-    device: str = Field(default="auto", description="auto, cpu, cuda, cuda:1, ...")
+    device: DeviceName = "auto"
     read_every: int = Field(default=10, ge=1, description="CUDA: steps between two looks at loss and finiteness")
     seed: int = Field(default=0, ge=0)
 
@@ -57,20 +126,6 @@ class TrainingSettings(Settings):
             raise ValueError(f"torch.optim has no optimizer {name!r}; {did_you_mean(name, kinds)}")
         return name
 
-    @field_validator("device")
-    @classmethod
-    def _known_device(cls, name: str) -> str:
-        if name != "auto":
-            try:
-                kind = torch.device(name).type
-            except RuntimeError:
-                raise ValueError(f"{name!r} is not a torch device") from None
-            if kind not in ("cpu", "cuda"):
-                raise ValueError("should be auto, cpu or cuda")
-            if kind == "cuda" and not torch.cuda.is_available():
-                raise ValueError("this machine has no CUDA device")
-        return name
-
     @field_validator("min_lr")
     @classmethod
     def _anneals_down(cls, rate: float | None, info: ValidationInfo) -> float | None:
@@ -81,8 +136,4 @@ class TrainingSettings(Settings):
 
     def torch_device(self) -> torch.device:
         """The device that "auto" stands for here; under torchrun "cuda" is each rank's own."""
-        auto = "cuda" if torch.cuda.is_available() else "cpu"
-        device, local = torch.device(auto if self.device == "auto" else self.device), torchrun.local_rank()
-        if device.type == "cuda" and device.index is None and local is not None:
-            return torch.device("cuda", local)
-        return device
+        return device_of(self.device)

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
+import torch
 from matplotlib.figure import Figure
-from torch import Tensor
+from torch import Tensor, nn
 
 from metahpo.training.environment import progress
 from metahpo.training.metrics import Row
@@ -82,3 +83,14 @@ class Tuner:
                 if each:
                     each(self.history[-1])
         return self.result()
+
+
+def test(net: nn.Module, loss: Callable[[Tensor, Tensor], Tensor], x: Tensor, y: Tensor) -> Row:
+    """The net's loss in evaluation mode and, for labels, its accuracy; on all examples at once."""
+    net.eval()
+    with torch.no_grad():
+        output = net(x)
+        row = {"loss": float(loss(output, y))}
+        if not y.is_floating_point():
+            row["accuracy"] = float((output.argmax(1) == y).double().mean())
+    return row

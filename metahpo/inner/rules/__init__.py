@@ -1,5 +1,13 @@
 """Differentiable update rules, one a file."""
 
+from metahpo.inner.rules.adadelta import Adadelta as Adadelta
+from metahpo.inner.rules.adagrad import Adagrad as Adagrad
+from metahpo.inner.rules.adam import Adam as Adam
+from metahpo.inner.rules.adam import AdamW as AdamW
+from metahpo.inner.rules.base import PerTensorRule as PerTensorRule
 from metahpo.inner.rules.base import UpdateRule as UpdateRule
+from metahpo.inner.rules.by_layer import ByLayer as ByLayer
 from metahpo.inner.rules.layer_step_rates import LayerStepRates as LayerStepRates
+from metahpo.inner.rules.rmsprop import RMSprop as RMSprop
+from metahpo.inner.rules.scheduled import Scheduled as Scheduled
 from metahpo.inner.rules.sgd import SGD as SGD

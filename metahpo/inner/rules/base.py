@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from metahpo.functional.trees import Params
 
 RuleState = Any
+# The hyperparameters of one tensor at one step, by name.
+Hyper = Mapping[str, Tensor]
 
 
 class UpdateRule(nn.Module):
@@ -25,3 +29,60 @@ class UpdateRule(nn.Module):
     def forward(self, params: Params, grads: Params, state: RuleState, step: int) -> tuple[Params, RuleState]:
         """The parameters and the state after update number ``step`` (from 0)."""
         raise TypeError(f"{type(self).__name__} does not define forward(params, grads, state, step)")
+
+    def add_scalars(self, learnable: bool, **values: float | None) -> None:
+        """Makes each value a hyperparameter, a scalar ``nn.Parameter`` of torch's default type; None: it is absent."""
+        for name, value in values.items():
+            if value is not None:
+                self.register_parameter(name, nn.Parameter(torch.tensor(float(value)), requires_grad=learnable))
+
+
+class PerTensorRule(UpdateRule):
+    """A rule that treats each tensor on its own, and differentiates by all its hyperparameters.
+
+    A subclass makes its hyperparameters with ``add_scalars`` and writes ``update`` and, if it has a state,
+    ``tensor_state``. An outer loop gives other values by ``torch.func.functional_call(rule, {"lr": lr}, (params, grads,
+    state, step))``; ``ByLayer`` and ``Scheduled`` give others to each tensor or step.
+    """
+
+    def tensor_state(self, param: Tensor) -> dict[str, Tensor]:
+        """What the rule carries for one tensor, before the first step."""
+        return {}
+
+    def update(
+        self, param: Tensor, grad: Tensor, state: Mapping[str, Tensor], step: int, hyper: Hyper
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The tensor and its state after update number ``step``, with ``hyper`` in place of the rule's own scalars."""
+        raise TypeError(f"{type(self).__name__} does not define update(param, grad, state, step, hyper)")
+
+    def hyper(self, names: Iterable[str], step: int) -> Mapping[str, Hyper]:
+        """The hyperparameters of each tensor at ``step``: here the rule's own scalars for all of them."""
+        return dict.fromkeys(names, self._parameters)  # type: ignore[arg-type]
+
+    def init(self, params: Params) -> RuleState:
+        states = {name: self.tensor_state(p) for name, p in params.items()}
+        return states if any(states.values()) else None
+
+    def forward(self, params: Params, grads: Params, state: RuleState, step: int) -> tuple[Params, RuleState]:
+        hyper = self.hyper(params, step)
+        new, states = {}, {}
+        for name, p in params.items():
+            old = {} if state is None else state[name]
+            new[name], states[name] = self.update(p, grads[name], old, step, hyper[name])
+        return new, None if state is None else states
+
+
+def decayed(param: Tensor, grad: Tensor, hyper: Hyper) -> Tensor:
+    """The gradient with that of ``weight_decay / 2 * param^2`` added, where there is a weight decay."""
+    decay = hyper.get("weight_decay")
+    return grad if decay is None else grad + decay * param
+
+
+def root(x: Tensor) -> Tensor:
+    """The square root; 0 where x <= 0, and so is its derivative there.
+
+    An average of squares is 0 where all gradients so far were: there the root's own derivative would be infinite and
+    the product with that of the average NaN, while a central difference gives 0.
+    """
+    positive = x > 0
+    return torch.where(positive, torch.where(positive, x, 1.0).sqrt(), 0.0)

@@ -1,0 +1,79 @@
+"""The report of a tuning: one markdown page and its pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from metahpo.errors import DataError
+from metahpo.report.page import config_block, read_json, versions_table
+from metahpo.training.checkpoint import write_atomically
+from metahpo.training.metrics import CsvLog, Row
+
+
+def write_tuning_report(run_dir: str | Path, result: Any, title: str) -> Path:
+    """Writes RUN_DIR/report/report.md with its pictures beside it, from the run's files; returns the page's path.
+
+    result: what the tuning found (``metahpo.tuning.Result``). Raises DataError, which names the file, if metrics.csv is
+    missing or empty, or a JSON file is damaged.
+    """
+    run_dir = Path(run_dir)
+    history = CsvLog(run_dir / "metrics.csv").read()
+    if not history:
+        raise DataError(f"{run_dir / 'metrics.csv'}: found no row; a report needs a run with at least one outer step")
+    folder = run_dir / "report"
+    folder.mkdir(exist_ok=True)
+    figures = {**result.pictures(), "progress": draw_progress(history)}
+    for name, figure in figures.items():
+        figure.savefig(folder / f"{name}.png")
+    test, found = read_json(run_dir / "test.json"), read_json(run_dir / "versions.json")
+    warnings = list(getattr(result, "warnings", ()))
+    parts = [
+        f"# {title[0].upper()}{title[1:]}: run {run_dir.resolve().name}",
+        _test_table(test) if test else "",
+        "\n".join(["## Warnings", "", *(f"- {line}" for line in warnings)]) if warnings else "",
+        f"## Found\n\n{result.table()}",
+        *(f"![{name.replace('_', ' ')}]({name}.png)" for name in figures),
+        config_block(run_dir / "config.yaml"),
+        versions_table(found) if found else "",
+    ]
+    page = folder / "report.md"
+    write_atomically(page, ("\n\n".join(part for part in parts if part) + "\n").encode())
+    return page
+
+
+def draw_progress(history: Sequence[Row]) -> Figure:
+    """The losses of each outer step, and the accuracies where there are any."""
+    panels = {
+        what: [name for name in history[0] if name.endswith(what)]
+        for what in ("loss", "accuracy")
+        if any(name.endswith(what) for name in history[0])
+    }
+    figure = Figure(figsize=(5.5 * len(panels), 3.6), dpi=100, layout="constrained")
+    axes = figure.subplots(1, len(panels), squeeze=False)[0]
+    for axis, (what, names) in zip(axes, panels.items()):
+        for name in names:
+            axis.plot([row["iteration"] for row in history], [row[name] for row in history], ".-", label=name)
+        axis.set(xlabel="outer step", ylabel=what)
+        values = [row[name] for row in history for name in names]
+        if what == "loss" and min(values) > 0 and max(values) > 10 * min(values):
+            axis.set_yscale("log")
+        axis.legend()
+    return figure
+
+
+def _test_table(test: Mapping[str, Any]) -> str:
+    rows = test["rows"]
+    keys = list(dict.fromkeys(key for row in rows.values() for key in row))
+    lines = [f"| on {test['examples']} test examples | {' | '.join(keys)} |", f"| --- |{' ---: |' * len(keys)}"]
+    for name, row in rows.items():
+        cells = [_cell(key, row[key]) if key in row else "–" for key in keys]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _cell(key: str, value: float) -> str:
+    return f"{value:.1%}" if "accuracy" in key else f"{value:.4g}"

@@ -1,0 +1,43 @@
+"""The folders that runs are kept in."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import time
+from pathlib import Path
+
+from metahpo.errors import CheckpointError, ConfigError
+
+
+def check_new(run_dir: Path) -> None:
+    """Raises, before data is loaded, if the run cannot be kept in ``run_dir``."""
+    for path in (run_dir, *run_dir.parents):
+        if path.exists():
+            if not path.is_dir():
+                raise ConfigError(f"run_dir {run_dir}: {path} is a file, expected a folder")
+            if not os.access(path, os.W_OK | os.X_OK):
+                raise ConfigError(f"run_dir {run_dir}: no permission to write in {path}")
+            break
+    if any((run_dir / "checkpoints").glob("*.pt")):
+        raise CheckpointError(f"{run_dir} already holds a run; --resume it or choose another run_dir")
+
+
+def existing_run_dir(name: str) -> Path:
+    path = Path(name)
+    if not (path / "config.yaml").exists():
+        raise CheckpointError(f"{name} is not a run directory: it has no config.yaml")
+    return path
+
+
+def new_run_dir(config: Path) -> Path:
+    """Makes runs/CONFIG/DATE-TIME, or with a number after it where another run was as fast."""
+    base = Path("runs") / config.parent.name / config.stem / time.strftime("%Y-%m-%d-%H%M%S")
+    for number in itertools.count(1):
+        path = base if number == 1 else base.with_name(f"{base.name}-{number}")
+        try:
+            path.mkdir(parents=True)
+        except FileExistsError:
+            continue
+        return path
+    raise AssertionError("unreachable")

@@ -1,0 +1,87 @@
+"""From a config of ``metahpo tune`` to the objects of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from metahpo.building import check_outputs, make_net
+from metahpo.custom import call
+from metahpo.errors import ConfigError, DataError
+from metahpo.training.environment import seeded
+from metahpo.training.settings import device_of
+from metahpo.tune_config import CustomData, DigitsSettings, TuneConfig
+from metahpo.tuning.base import Tuner
+from metahpo.tuning.data import Labelled, Loader, labelled, load_digits, load_torchvision, with_wrong_labels
+from metahpo.tuning.rates import RatesTuner
+
+Data = dict[str, Labelled]
+
+
+def build_data(config: TuneConfig) -> Data:
+    """ "train", "val" and "test" on the config's device; with wrong labels "clean", the training data's right ones too.
+
+    Raises ConfigError or DataError for what cannot serve.
+    """
+    data, seed = config.data, config.tune.seed  # type: ignore[attr-defined]
+    if isinstance(data, CustomData):
+        found = call(data.source, "data.source", data.args)
+        if not isinstance(found, dict) or not {"train", "val", "test"} <= set(found):
+            names = sorted(map(str, found)) if isinstance(found, dict) else type(found).__name__
+            raise ConfigError(f"data.source: {data.source} gave {names}, expected a dict of train, val and test")
+        parts = {
+            name: labelled(found[name], f"data.source {data.source}, {name!r}") for name in ("train", "val", "test")
+        }
+        _check_same(parts, data.source)
+    else:
+        sizes = (data.train, data.val, data.test)
+        if isinstance(data, DigitsSettings):
+            parts = load_digits(sizes, seed)
+        else:
+            parts = load_torchvision(data.source, data.root, sizes, seed, data.download)
+        if data.wrong_labels:
+            parts["clean"] = parts["train"]
+            parts["train"] = with_wrong_labels(parts["train"], data.wrong_labels, seed)
+    return {name: part.to(device_of(config.device)) for name, part in parts.items()}
+
+
+def _check_same(parts: Data, source: str) -> None:
+    for name, part in parts.items():
+        for what, found, expected in (("inputs", part.x, parts["train"].x), ("targets", part.y, parts["train"].y)):
+            if found.shape[1:] != expected.shape[1:] or found.dtype != expected.dtype:
+                raise DataError(
+                    f"data.source {source}, {name!r}: {what} are {found.dtype} {list(found.shape[1:])}, train's are "
+                    f"{expected.dtype} {list(expected.shape[1:])}"
+                )
+
+
+def build_net(config: TuneConfig, data: Data) -> nn.Module:
+    """The net for the data, its weights drawn from the config's seed; refused if it cannot take it."""
+    train = data["train"]
+    outputs = train.y.shape[-1] if train.y.is_floating_point() else max(part.classes for part in data.values())
+    with seeded(config.tune.seed):  # type: ignore[attr-defined]
+        net = make_net(config.net, tuple(train.x.shape[1:]), outputs)
+    what = "values" if train.y.is_floating_point() else "classes"
+    check_outputs(net, train.x[:2].cpu(), outputs, config.net.name, what)
+    return net.to(train.x.device)
+
+
+def loss_of(data: Data) -> Callable[[Tensor, Tensor], Tensor]:
+    return F.mse_loss if data["train"].y.is_floating_point() else F.cross_entropy
+
+
+def build_tuner(kind: str, config: Any) -> tuple[Tuner, Data]:
+    """The tuner of a run as it begins, and its data."""
+    data = build_data(config)
+    return MAKERS[kind](build_net(config, data), data, config.tune), data
+
+
+def _rates(net: nn.Module, data: Data, settings: Any) -> Tuner:
+    train, val = Loader(data["train"], settings.batch), Loader(data["val"], len(data["val"].x))
+    return RatesTuner(net, loss_of(data), train, val, settings)
+
+
+MAKERS: dict[str, Callable[[nn.Module, Data, Any], Tuner]] = {"rates": _rates}

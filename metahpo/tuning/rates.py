@@ -1,0 +1,283 @@
+"""Learning rates, momenta and weight decays by layer and by phase of one training."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import math
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Literal
+
+import torch
+from pydantic import Field, field_validator
+from torch import Tensor, nn
+
+from metahpo.errors import ConfigError, DataError, NetError, NonFiniteError, did_you_mean
+from metahpo.functional import FunctionalModule
+from metahpo.functional.trees import Params
+from metahpo.hypergrad import Hypergradient, Unroll
+from metahpo.inner import SGD, Adam, AdamW, ByLayer, InnerProblem, Mixed, PerTensorRule, Reverse, named_remat
+from metahpo.training.environment import seeded
+from metahpo.training.metrics import Row
+from metahpo.training.schedules import cosine
+from metahpo.training.settings import InnerGradientName, RematName, Settings
+from metahpo.tuning.base import Tuner, test
+from metahpo.tuning.initial import reinitialised
+from metahpo.tuning.schedule import Rates
+
+# Rates and decays are learnt as logarithms, what lies between 0 and 1 as logits: neither leaves its bounds.
+_LOGITS = ("momentum", "beta1", "beta2")
+
+
+class RatesSettings(Settings):
+    """How the rates of one training are tuned by gradient."""
+
+    rule: Literal["sgd", "adam", "adamw"] = Field(default="sgd", description="the optimizer of the training")
+    tune: tuple[str, ...] = Field(
+        default=("lr", "momentum"), min_length=1, description="lr, momentum or beta1 and beta2, weight_decay"
+    )
+    by: Literal["all", "layer", "tensor"] = Field(
+        default="layer", description="whose each value is: of the whole net, of a layer (weight and bias), of a tensor"
+    )
+    phases: int = Field(default=4, ge=1, description="parts of the training, each with values of its own")
+    steps: int = Field(default=100, ge=1, description="of the training")
+    batch: int = Field(default=50, ge=1, description="training examples a step")
+    lr: float = Field(default=0.1, gt=0, description="the rate to begin with")
+    momentum: float = Field(default=0.9, gt=0, lt=1, description="SGD's to begin with; Adam's beta1")
+    weight_decay: float = Field(default=1e-4, ge=0, description="to begin with; 0: none")
+    iterations: int = Field(default=40, ge=1, description="outer steps, each one training and its gradient")
+    outer_lr: float = Field(default=0.1, gt=0, description="Adam's rate on log rates, log decays and logits of momenta")
+    fresh: bool = Field(default=True, description="new initial weights in each outer step; false: the net's own")
+    inner_gradient: InnerGradientName = "reverse"
+    remat: RematName = "sqrt"
+    seed: int = Field(default=0, ge=0)
+
+    @field_validator("tune")
+    @classmethod
+    def _known(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        known = ("lr", "momentum", "beta1", "beta2", "weight_decay")
+        for name in names:
+            if name not in known:
+                raise ValueError(f"no hyperparameter {name!r}; {did_you_mean(name, known)}")
+        return names
+
+
+def tune_rates(
+    net: nn.Module,
+    loss: Callable[[Tensor, Tensor], Tensor],
+    train_loader: Iterable[tuple[Tensor, Tensor]],
+    val_loader: Iterable[tuple[Tensor, Tensor]],
+    *,
+    device: torch.device | str | None = None,
+    on_step: Callable[[Row], None] | None = None,
+    **settings: Any,
+) -> Rates:
+    """Learns the rates (momenta, decays) with which ``net`` trains best in a given number of steps.
+
+    Each outer step trains the net once, for ``steps`` steps from new initial weights, and moves the logarithms of the
+    rates by Adam along the exact gradient of the loss on validation data after the last step (Maclaurin et al. 2015;
+    Micaelli & Storkey 2021, who share rates over phases of the training as this does).
+
+    net: any module of one input; copied, never changed. loss: (outputs, targets) -> scalar. train_loader, val_loader:
+    ``DataLoader``s or other iterables of (inputs, targets), begun anew in every outer step: train gives the batches of
+    the training, val one batch for its outcome. device: default that of the net. on_step: called with the figures of
+    each outer step. settings: ``RatesSettings`` as keywords (steps, phases, tune, by, rule, iterations, ...).
+
+    Raises ConfigError for a setting, NetError for a net that cannot be run, DataError for loaders without batches,
+    NonFiniteError where the training diverges even at the rates that it begins with.
+    """
+    tuner = RatesTuner(net, loss, train_loader, val_loader, RatesSettings.of(**settings), device)
+    tuner.run(each=on_step)
+    return tuner.result()
+
+
+class RatesTuner(Tuner):
+    """The outer steps of ``tune_rates``, which tells its arguments."""
+
+    title = "tuning rates"
+
+    def __init__(
+        self,
+        net: nn.Module,
+        loss: Callable[[Tensor, Tensor], Tensor],
+        train_loader: Iterable[Any],
+        val_loader: Iterable[Any],
+        settings: RatesSettings | None = None,
+        device: torch.device | str | None = None,
+    ):
+        self.settings = settings = settings or RatesSettings()
+        super().__init__(settings.iterations)
+        self.net = copy.deepcopy(net)
+        if device is not None:
+            self.net.to(device)
+        names = [name for name, p in self.net.named_parameters() if p.requires_grad]
+        if not names:
+            raise NetError(f"{type(net).__name__} has no trainable parameter")
+        self.device = next(self.net.parameters()).device
+        self.loss, self.train, self.val = loss, train_loader, val_loader
+        self.groups = _groups(names, settings.by)
+        rows = {name: index for index, members in enumerate(self.groups.values()) for name in members}
+        self._row = torch.tensor([rows[name] for name in names], device=self.device)
+        rule = _rule(settings)
+        self.rule = ByLayer(rule, names, settings.phases, settings.steps, learnable=False).to(self.device)
+        own = {name: float(p) for name, p in rule.named_parameters()}
+        for name in settings.tune:
+            if name not in own:
+                why = "it begins at 0" if name == "weight_decay" else f"{settings.rule} has {', '.join(own)}"
+                raise ConfigError(f"tune: found {name!r}, but {why}")
+        shape = (len(self.groups), settings.phases)
+        self.raw = {name: torch.full(shape, _inverse(name, own[name]), device=self.device) for name in settings.tune}
+        for raw in self.raw.values():
+            raw.requires_grad_()
+        self.fixed = {name: torch.full(shape, own[name], device=self.device) for name in own if name not in self.raw}
+        self.optimizer = torch.optim.Adam(self.raw.values(), lr=settings.outer_lr, betas=(0.9, 0.99))
+        gradient = Mixed() if settings.inner_gradient == "mixed" else Reverse()
+        self.strategy = Unroll(gradient, named_remat(settings.remat))
+
+    def values(self) -> Params:
+        """The learnt hyperparameters as they are now, [rows, phases] each; differentiable in ``raw``."""
+        return {name: _forward(name, raw) for name, raw in self.raw.items()}
+
+    def step(self) -> Row:
+        settings = self.settings
+        # The last steps are small: the figures that they end on are not those of one draw.
+        self.optimizer.param_groups[0]["lr"] = cosine(self.iteration, self.iterations, settings.outer_lr, 0.0)
+        with seeded(settings.seed, self.iteration, device=self.device):
+            net = reinitialised(self.net, settings.seed, self.iteration) if settings.fresh else self.net
+            batches = [self._to(batch) for batch in take(self.train, settings.steps, "train_loader")]
+            val = self._to(take(self.val, 1, "val_loader")[0])
+            values, result = self._differentiated(FunctionalModule(net), batches, val)
+        pulled = {name: result.grads[f"rule.{name}"] for name in values}
+        sums = [torch.zeros_like(v).index_add_(0, self._row, pulled[name]) for name, v in values.items()]
+        grads = torch.autograd.grad(list(values.values()), list(self.raw.values()), sums)
+        for raw, grad in zip(self.raw.values(), grads):
+            # A training at the edge of chaos now and then gives a gradient of no use, which Adam would remember.
+            raw.grad = grad.clamp(-1, 1)
+        self.optimizer.step()
+        row = {"val_loss": float(result.value), "train_loss": float(result.losses[-1])}
+        return {**row, **{f"mean_{name}": float(value.detach().mean()) for name, value in values.items()}}
+
+    def _differentiated(
+        self, module: FunctionalModule, batches: list[Any], val: tuple[Tensor, Tensor]
+    ) -> tuple[Params, Hypergradient]:
+        """The hyperparameters and the hypergradient at them; where the training diverges, at halved rates."""
+        buffers = module.buffers_by_name()
+
+        def output(params: Params, x: Tensor, training: bool) -> Tensor:
+            return module.apply_with(params, buffers, x, training=training)[0]
+
+        problem = InnerProblem(lambda params, hparams, batch: self.loss(output(params, batch[0], True), batch[1]))
+        params = {name: p.detach() for name, p in module.params().items()}
+
+        def outcome(params: Params, hparams: Params) -> Tensor:
+            return self.loss(output(params, val[0], False), val[1])
+
+        for halvings in itertools.count():
+            values = self.values()
+            hparams = {f"rule.{name}": value.detach()[self._row] for name, value in values.items()}
+            try:
+                result = self.strategy(
+                    problem,
+                    self.rule,
+                    lambda p, h: self.loss(output(p, val[0], False), val[1]),
+                    params,
+                    hparams,
+                    batches,
+                )
+            except NonFiniteError as error:
+                if "lr" not in self.raw or halvings == 4:
+                    raise
+                self.warnings[f"outer step {self.iteration + 1}: {error}; all rates were halved"] = None
+                with torch.no_grad():
+                    self.raw["lr"] -= math.log(2)
+            else:
+                return values, result
+        raise AssertionError("unreachable")
+
+    def _to(self, batch: Any) -> tuple[Tensor, Tensor]:
+        try:
+            x, y = batch
+            return x.to(self.device), y.to(self.device)
+        except (TypeError, ValueError, AttributeError):
+            raise DataError(f"a loader gave {type(batch).__name__}, expected pairs (inputs, targets)") from None
+
+    def result(self) -> Rates:
+        tuned = {name: value.detach().clone() for name, value in self.values().items()}
+        order = [name for name, _ in self.rule.named_parameters()]
+        both = {**self.fixed, **tuned}
+        values = {name: both[name] for name in order if name != "eps"}
+        return Rates(
+            self.settings.rule, self.groups, self.settings.steps, values, tuple(self.history), tuple(self.warnings)
+        )
+
+    def compare(self, x: Tensor, y: Tensor) -> dict[str, Row]:
+        """The net trained by plain ``torch.optim`` with the learnt rates, and with those that the tuning began with;
+        each three times from new initial weights, tested in evaluation mode."""
+        learnt = self.result()
+        start = RatesTuner(self.net, self.loss, self.train, self.val, self.settings, self.device).result()
+        return {"tuned": self._trained(learnt, x, y), "initial rates": self._trained(start, x, y)}
+
+    def _trained(self, rates: Rates, x: Tensor, y: Tensor, runs: int = 3) -> Row:
+        rows = [test(self.train_with(rates, run), self.loss, x, y) for run in range(runs)]
+        return {name: sum(row[name] for row in rows) / runs for name in rows[0]}
+
+    def train_with(self, rates: Rates, run: int) -> nn.Module:
+        """The net trained by ``torch.optim`` for the settings' steps; run: a number that draws weights and batches."""
+        # Apart from the outer steps' own numbers.
+        seed = (self.settings.seed, self.iterations + run)
+        with seeded(*seed, device=self.device):
+            net = reinitialised(self.net, *seed) if self.settings.fresh else copy.deepcopy(self.net)
+            optimizer = rates.optimizer(net.train())
+            scheduler = rates.scheduler(optimizer)
+            for batch in take(self.train, self.settings.steps, "train_loader"):
+                inputs, targets = self._to(batch)
+                optimizer.zero_grad()
+                self.loss(net(inputs), targets).backward()
+                optimizer.step()
+                scheduler.step()
+        return net
+
+    def state_dict(self) -> dict[str, Any]:
+        raw = {name: value.detach() for name, value in self.raw.items()}
+        return {"raw": raw, "optimizer": self.optimizer.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        with torch.no_grad():
+            for name, value in self.raw.items():
+                value.copy_(state["raw"][name])
+        self.optimizer.load_state_dict(state["optimizer"])
+
+
+def take(loader: Iterable[Any], count: int, what: str) -> list[Any]:
+    """The first ``count`` batches, from the start again where there are fewer; DataError if there is none."""
+    found: list[Any] = []
+    while len(found) < count:
+        more = list(itertools.islice(loader, count - len(found)))
+        if not more:
+            raise DataError(f"{what}: found no batch; expected a DataLoader, or a list of batches")
+        found += more
+    return found
+
+
+def _groups(names: list[str], by: str) -> dict[str, list[str]]:
+    if by == "all":
+        return {"all": names}
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        groups.setdefault(name if by == "tensor" else name.rpartition(".")[0] or name, []).append(name)
+    return groups
+
+
+def _rule(settings: RatesSettings) -> PerTensorRule:
+    decay = settings.weight_decay or None
+    if settings.rule == "sgd":
+        return SGD(settings.lr, momentum=settings.momentum, weight_decay=decay)
+    return {"adam": Adam, "adamw": AdamW}[settings.rule](settings.lr, settings.momentum, weight_decay=decay)
+
+
+def _inverse(name: str, value: float) -> float:
+    return math.log(value / (1 - value)) if name in _LOGITS else math.log(value)
+
+
+def _forward(name: str, raw: Tensor) -> Tensor:
+    return raw.sigmoid() if name in _LOGITS else raw.exp()

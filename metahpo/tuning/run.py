@@ -1,0 +1,100 @@
+"""A tuning that is kept in a folder and goes on after a stop."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from metahpo.errors import CheckpointError, ConfigError, NonFiniteError
+from metahpo.training.checkpoint import CheckpointStore, write_atomically
+from metahpo.training.environment import versions
+from metahpo.training.interrupts import Interrupted, Interrupts
+from metahpo.training.metrics import CsvLog, Row
+from metahpo.tuning.base import Result, Tuner
+
+CONTENT = {"iteration": int, "tuner": dict, "history": list, "warnings": list, "settings": dict}
+SAVE_SECONDS = 5.0
+
+
+class TuningRun:
+    """Runs a tuner and keeps metrics.csv, versions.json and checkpoints in ``run_dir``.
+
+    settings: what the run's numbers depend on, as plain values; a checkpoint of others is refused. A run that was
+    stopped and resumed is bit for bit the run that was not (on the CPU, with the same torch and number of threads).
+    """
+
+    def __init__(self, tuner: Tuner, run_dir: str | Path, settings: Mapping[str, Any], device: torch.device):
+        self.tuner, self.run_dir, self.settings, self.device = tuner, Path(run_dir), dict(settings), device
+        self.store = CheckpointStore(self.run_dir / "checkpoints", CONTENT)
+        self._seconds: list[float] = []
+        self._saved = time.monotonic()
+
+    def resume(self) -> None:
+        """Takes up the newest whole checkpoint; without one the tuning begins anew."""
+        if not self.store.list():
+            return
+        path, state, damaged = self.store.latest()
+        for line in damaged:
+            print(f"{line}; going on from {path.name}", file=sys.stderr)
+        for key, value in self.settings.items():
+            if state["settings"].get(key) != value:
+                raise ConfigError(
+                    f"tune.{key}: config.yaml says {value!r}, but {path.name} was tuned with "
+                    f"{state['settings'].get(key)!r}; set it back, or tune anew"
+                )
+        try:
+            self.tuner.load_state_dict(state["tuner"])
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise CheckpointError(f"{path}: cannot go on from it: {type(error).__name__}: {error}") from error
+        self.tuner.iteration, self.tuner.history = state["iteration"], state["history"]
+        self.tuner.warnings = dict.fromkeys(state["warnings"])
+        self._seconds = [0.0] * len(self.tuner.history)
+
+    def fit(self, until: int | None = None, each: Callable[[Row], None] | None = None) -> Result:
+        """Makes the steps left, up to ``until`` in all. Ctrl-C or SIGTERM ends the current step, saves, and raises
+        ``Interrupted``; a divergence keeps the checkpoints before it."""
+        self.run_dir.mkdir(parents=True, exist_ok=True)
+        write_atomically(self.run_dir / "versions.json", json.dumps(versions(self.device), indent=2).encode())
+        started = time.perf_counter()
+
+        def after(row: Row) -> None:
+            nonlocal started
+            self._seconds.append(time.perf_counter() - started)
+            started = time.perf_counter()
+            if each:
+                each({**row, "seconds": self._seconds[-1]})
+            if interrupts.signum is not None or time.monotonic() - self._saved > SAVE_SECONDS:
+                self.save()
+            if interrupts.signum is not None:
+                raise Interrupted(interrupts.signum)
+
+        with Interrupts() as interrupts:
+            try:
+                result = self.tuner.run(until, after)
+            except NonFiniteError as error:
+                kept = self.store.list()
+                where = f"outer step {self.tuner.iteration + 1}: {error}"
+                raise NonFiniteError(where + (f"; the last good checkpoint is {kept[-1]}" if kept else "")) from error
+            self.save()
+        return result
+
+    def save(self) -> None:
+        rows = [{**row, "seconds": round(s, 3)} for row, s in zip(self.tuner.history, self._seconds)]
+        if not rows:
+            return
+        CsvLog(self.run_dir / "metrics.csv").write(rows)
+        state = {
+            "iteration": self.tuner.iteration,
+            "tuner": self.tuner.state_dict(),
+            "history": self.tuner.history,
+            "warnings": list(self.tuner.warnings),
+            "settings": self.settings,
+        }
+        self.store.save(state, self.tuner.iteration)
+        self._saved = time.monotonic()
