@@ -15,7 +15,7 @@ from metahpo.hypergrad import CG, FixedPoint, Forward, Implicit, InnerState, Neu
 from metahpo.hypergrad.measure import measured
 from metahpo.inner import SGD, InnerProblem, UpdateRule, rule_hparams
 
-RATE = 0.4
+RATE = 0.375  # Exact in single precision, in which rules are made.
 SOLVERS = [CG(200, 1e-12), Neumann(150, RATE, 1e-12), FixedPoint(150, 1e-12), Nystrom(6, 1e-12)]
 
 
@@ -226,8 +226,8 @@ class Growing(SGD):
 
 def test_memory_does_not_grow_with_the_steps():
     """Nor with what Forward and Implicit keep of an activation of 1 MB a step."""
-    x = torch.randn(512, 256)
-    params = {"w": 0.01 * torch.randn(256, 256), "v": torch.ones(256, 1)}
+    x = torch.randn(1024, 32)
+    params = {"w": 0.01 * torch.randn(32, 256), "v": torch.ones(256, 1)}
     problem = InnerProblem(
         lambda p, h, b: (torch.tanh(x @ p["w"]) @ p["v"]).square().mean() + h["d"] * p["v"].square().sum()
     )
@@ -238,7 +238,7 @@ def test_memory_does_not_grow_with_the_steps():
             return strategy(problem, SGD(1e-3), lambda p, h: p["v"].sum(), params, hparams, [None] * steps)
 
         run(2)
-        peaks = [measured(lambda steps=steps: run(steps), torch.device("cpu"))[2] for steps in (4, 40)]
+        peaks = [measured(lambda steps=steps: run(steps), torch.device("cpu"))[2] for steps in (4, 30)]
         if None in peaks:
             pytest.skip("this system does not tell its peak memory")
         assert peaks[1] - peaks[0] < 8e6
