@@ -56,6 +56,7 @@ class SmallResNetSettings(Settings):
     name: Literal["small_resnet"]
     width: int = Field(default=16, ge=1, description="channels of the first block")
     blocks: int = Field(default=3, ge=1)
+    norm: Literal["batch", "group"] = "batch"
 
 
 UNIONS: dict[str, dict[str, type[Settings]]] = {

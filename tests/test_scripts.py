@@ -16,21 +16,19 @@ from metahpo.training.engines import ENGINES
 SCRIPTS = Path(__file__).resolve().parents[1] / "scripts"
 
 
-def test_a_killed_run_resumes_to_the_same_end(tmp_path):
+def test_a_killed_run_resumes_to_the_same_end(tmp_path, script):
     figures = tmp_path / "figures.json"
-    command = [sys.executable, SCRIPTS / "prove_resume.py", "--quick", "--json", figures]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stdout + done.stderr
+    code, out, err = script("prove_resume", "--quick", "--json", figures)
+    assert code == 0, f"{code}{out}{err}"
     result = json.loads(figures.read_text())
     assert result["same"]
     assert len(result["rows"]) == 3
 
 
-def test_mixed_mode_with_remat_takes_a_fraction_of_the_memory(tmp_path):
+def test_mixed_mode_with_remat_takes_a_fraction_of_the_memory(tmp_path, script):
     figures, picture = tmp_path / "figures.json", tmp_path / "memory.png"
-    command = [sys.executable, SCRIPTS / "benchmark_memory.py", "--quick", "--json", figures, "--plot", picture]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stdout + done.stderr
+    code, out, err = script("benchmark_memory", "--quick", "--json", figures, "--plot", picture)
+    assert code == 0, out + err
     rows = json.loads(figures.read_text())["rows"]
     assert len(rows) == 2 * 5
     assert all(row["relative_error"] < 1e-4 for row in rows)
@@ -41,12 +39,10 @@ def test_mixed_mode_with_remat_takes_a_fraction_of_the_memory(tmp_path):
     assert picture.stat().st_size > 0
 
 
-def test_the_inner_loop_benchmark_measures_and_compares(tmp_path):
+def test_the_inner_loop_benchmark_measures_and_compares(tmp_path, script):
     figures = tmp_path / "figures.json"
-    command = [sys.executable, SCRIPTS / "benchmark_inner_loop.py", "--quick", "--float64", "--json", figures]
-    # A busy machine may take many times the minute that it needs.
-    done = subprocess.run(command, capture_output=True, text=True, timeout=900)
-    assert done.returncode == 0, done.stdout + done.stderr
+    code, out, err = script("benchmark_inner_loop", "--quick", "--float64", "--json", figures)
+    assert code == 0, out + err
     result = json.loads(figures.read_text())
     assert {"cpu", "cores", "threads", "gpu", "torch"} <= set(result["machine"])
     names: dict[str, set[str]] = {}

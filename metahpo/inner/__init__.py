@@ -3,6 +3,8 @@
 from metahpo.inner.gradient import FirstOrder as FirstOrder
 from metahpo.inner.gradient import InnerGradient as InnerGradient
 from metahpo.inner.gradient import Reverse as Reverse
+from metahpo.inner.gradient import StepLoss as StepLoss
+from metahpo.inner.linear_solve import ConjugateGradients as ConjugateGradients
 from metahpo.inner.mixed import Mixed as Mixed
 from metahpo.inner.problem import Fitted as Fitted
 from metahpo.inner.problem import InnerProblem as InnerProblem
@@ -12,13 +14,18 @@ from metahpo.inner.remat import NoRemat as NoRemat
 from metahpo.inner.remat import Remat as Remat
 from metahpo.inner.remat import Sqrt as Sqrt
 from metahpo.inner.remat import named_remat as named_remat
+from metahpo.inner.rules import LBFGS as LBFGS
 from metahpo.inner.rules import SGD as SGD
 from metahpo.inner.rules import Adadelta as Adadelta
 from metahpo.inner.rules import Adagrad as Adagrad
 from metahpo.inner.rules import Adam as Adam
 from metahpo.inner.rules import AdamW as AdamW
 from metahpo.inner.rules import ByLayer as ByLayer
+from metahpo.inner.rules import CurvatureRule as CurvatureRule
+from metahpo.inner.rules import GaussNewton as GaussNewton
 from metahpo.inner.rules import LayerStepRates as LayerStepRates
+from metahpo.inner.rules import LevenbergMarquardt as LevenbergMarquardt
+from metahpo.inner.rules import Newton as Newton
 from metahpo.inner.rules import PerTensorRule as PerTensorRule
 from metahpo.inner.rules import RMSprop as RMSprop
 from metahpo.inner.rules import Scheduled as Scheduled

@@ -11,17 +11,12 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from metahpo.errors import NetError
-from metahpo.functional.levels import functorch, levels
+from metahpo.functional.levels import functorch, levels, under_torch_func
 
 
 def depends(tensor: Tensor) -> bool:
     """Whether a gradient reaches the tensor, by autograd or at any level of ``torch.func``."""
     return any(level.requires_grad for level in levels(tensor))
-
-
-def under_torch_func() -> bool:
-    """Whether this code runs inside ``torch.func.grad``, ``vmap`` or another of its transforms."""
-    return torch._C._are_functorch_transforms_active()
 
 
 def below_this_level(tensor: Tensor | None) -> Tensor | None:
@@ -60,21 +55,28 @@ class _OnlyArguments(TorchFunctionMode):
         self.what, self.instead = what, instead
         self.arguments = [leaf for leaf in tree_leaves(arguments) if isinstance(leaf, Tensor)]
         self.known = {id(leaf) for leaf in self.arguments}
+        self.level = functorch.maybe_current_level() or 0
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
-        found = [tensor for tensor in _tensors(result) if depends(tensor)]
+        found = [tensor for tensor in _tensors(result) if depends(self._outside(tensor))]
         if found:
             for tensor in _tensors((*args, *(kwargs or {}).values())):
                 self._check(tensor, func)
             self.known.update(map(id, found))
         return result
 
+    def _outside(self, tensor: Tensor) -> Tensor:
+        """The tensor without what transforms inside the function, whose gradients are its own affair, wrapped it in."""
+        while functorch.is_functorch_wrapped_tensor(tensor) and functorch.maybe_get_level(tensor) > self.level:
+            tensor = functorch.get_unwrapped(tensor)
+        return tensor
+
     def _check(self, tensor: Tensor, func: Any) -> None:
-        if id(tensor) in self.known or not depends(tensor):
+        if id(tensor) in self.known or not depends(self._outside(tensor)):
             return
-        # A transform inside the function wraps what it is given.
-        if any(id(level) in self.known for level in levels(tensor)) or self._computed_here(tensor):
+        # A transform inside the function wraps what it is given, and unwraps what it gives.
+        if any(id(level) in self.known or self._computed_here(level) for level in levels(tensor)):
             return
         raise NetError(
             f"{self.what} computes ({getattr(func, '__name__', func)}) with a tensor {list(tensor.shape)} that "
@@ -84,7 +86,7 @@ class _OnlyArguments(TorchFunctionMode):
     def _computed_here(self, tensor: Tensor) -> bool:
         """Whether all that autograd sees behind the tensor is the arguments: a user's autograd.Function made it, which
         is no torch function."""
-        if tensor.grad_fn is None or functorch.is_functorch_wrapped_tensor(tensor):
+        if tensor.grad_fn is None:
             return False
         seen: set[Any] = {argument.grad_fn for argument in self.arguments} | {None}
         nodes: list[Any] = [tensor.grad_fn]

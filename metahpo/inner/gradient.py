@@ -4,19 +4,32 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 from torch.func import grad_and_value
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
+from metahpo.functional.levels import under_torch_func
 from metahpo.functional.trees import Params, map_tree
 
 # (params, carry, batch, step) -> (loss, carry): the params are fitted; the carry (buffers, counters) goes from step to
 # step; the batch is all else that the step sees, data and whatever the outer loop differentiates (hyperparameters,
 # weights that are not adapted). A captured tensor should be a constant: Mixed and remat refuse any other.
 InnerLoss = Callable[[Params, Any, Any, int], tuple[Tensor, Any]]
+
+
+class StepLoss(NamedTuple):
+    """The loss of one step as a function of the parameters alone; a tree of the tensors that it closes over."""
+
+    loss: InnerLoss
+    carry: Any
+    batch: Any
+    step: int
+
+    def __call__(self, params: Params) -> Tensor:
+        return self.loss(params, self.carry, self.batch, self.step)[0]
 
 
 class InnerGradient(Protocol):
@@ -34,7 +47,7 @@ class Reverse:
     def __call__(
         self, loss: InnerLoss, params: Params, carry: Any, batch: Any, step: int
     ) -> tuple[Params, Tensor, Any]:
-        if not torch._C._functorch.maybe_current_level():
+        if not under_torch_func():
             return _by_autograd(loss, params, carry, batch, step)
         # torch.func lets only tensors out of a gradient; the rest of the carry goes around it.
         around: list[Any] = []

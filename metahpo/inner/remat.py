@@ -87,8 +87,7 @@ def recomputed_steps(
     Raises NetError if the loss or a rule that is no module computes with a captured tensor that requires grad.
     """
 
-    def update(params, grads, state, step, rates):
-        arguments = (params, grads, state, step)
+    def update(arguments, rates):
         if not rates:
             return rule(*arguments)
         with _ONE_CALL:
@@ -96,7 +95,12 @@ def recomputed_steps(
 
     def take(loss, update, tree) -> Steps:
         start, batches, rates = tree
-        return take_steps(loss, lambda *arguments: update(*arguments, rates), gradient, start, batches, first, keep)
+
+        def with_rates(*arguments):
+            return update(arguments, rates)
+
+        with_rates.needs_loss = getattr(rule, "needs_loss", False)  # type: ignore[attr-defined]
+        return take_steps(loss, with_rates, gradient, start, batches, first, keep)
 
     rates = dict(rule.named_parameters()) if isinstance(rule, nn.Module) else {}
     watched, pull = explicit(loss, "the inner loss"), pull_by_reverse(lambda tree: take(loss, update, tree))

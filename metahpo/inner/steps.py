@@ -8,10 +8,10 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from metahpo.functional.trees import Params
-from metahpo.inner.gradient import InnerGradient, InnerLoss
+from metahpo.inner.gradient import InnerGradient, InnerLoss, StepLoss
 from metahpo.inner.rules.base import RuleState
 
-Update = Callable[[Params, Params, RuleState, int], tuple[Params, RuleState]]
+Update = Callable[..., tuple[Params, RuleState]]
 
 
 class Steps(NamedTuple):
@@ -33,12 +33,17 @@ def take_steps(
     first: int,
     keep: bool,
 ) -> Steps:
-    """One update a batch from ``start`` = (params, state, carry), numbered from ``first``."""
+    """One update a batch from ``start`` = (params, state, carry), numbered from ``first``.
+
+    update: ``(params, grads, state, step)``, and a fifth argument, the ``StepLoss``, if its ``needs_loss`` is true.
+    """
     params, state, carry = start
+    needs_loss = getattr(update, "needs_loss", False)
     losses, kept = [], []
     for step, batch in enumerate(batches, start=first):
+        its_loss = (StepLoss(loss, carry, batch, step),) if needs_loss else ()
         grads, value, carry = gradient(loss, params, carry, batch, step)
-        params, state = update(params, grads, state, step)
+        params, state = update(params, grads, state, step, *its_loss)
         losses.append(value)
         if keep:
             kept.append(params)

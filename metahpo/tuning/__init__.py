@@ -4,3 +4,6 @@ from metahpo.tuning.base import Result as Result
 from metahpo.tuning.base import Tuner as Tuner
 from metahpo.tuning.data import Labelled as Labelled
 from metahpo.tuning.data import load_digits as load_digits
+from metahpo.tuning.initial import reinitialised as reinitialised
+from metahpo.tuning.rates import tune_rates as tune_rates
+from metahpo.tuning.schedule import Rates as Rates

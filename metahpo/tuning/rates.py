@@ -205,7 +205,7 @@ class RatesTuner(Tuner):
         tuned = {name: value.detach().clone() for name, value in self.values().items()}
         order = [name for name, _ in self.rule.named_parameters()]
         both = {**self.fixed, **tuned}
-        values = {name: both[name] for name in order if name != "eps"}
+        values = {name: both[name] for name in order}
         return Rates(
             self.settings.rule, self.groups, self.settings.steps, values, tuple(self.history), tuple(self.warnings)
         )

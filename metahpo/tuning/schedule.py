@@ -77,14 +77,21 @@ class Rates:
         ``optimizer.step()``."""
         return RateSchedule(optimizer, self)
 
+    def varied(self) -> dict[str, Tensor]:
+        """The hyperparameters that differ between layers or phases; all of them where none does."""
+        found = {name: table for name, table in self.values.items() if bool((table != table[0, 0]).any())}
+        return found or dict(self.values)
+
     def table(self) -> str:
-        """A markdown table, one row a layer, one column a phase of each hyperparameter."""
-        heads = [f"{name}, {span}" for name in self.values for span in self.spans()]
+        """A markdown table, one row a layer, one column a phase of each hyperparameter that varies."""
+        varied = self.varied()
+        heads = [f"{name}, {span}" for name in varied for span in self.spans()]
         lines = [f"| layer | {' | '.join(heads)} |", f"| --- |{' ---: |' * len(heads)}"]
         for index, row in enumerate(self.groups):
-            cells = [f"{float(value):.3g}" for table in self.values.values() for value in table[index]]
+            cells = [f"{float(value):.3g}" for table in varied.values() for value in table[index]]
             lines.append(f"| `{row}` | {' | '.join(cells)} |")
-        return "\n".join(lines)
+        same = [f"{name} {float(table[0, 0]):.3g}" for name, table in self.values.items() if name not in varied]
+        return "\n".join(lines + ([f"\nEverywhere: {', '.join(same)}."] if same else []))
 
     def spans(self) -> list[str]:
         """The steps of each phase, from 1."""
@@ -95,12 +102,13 @@ class Rates:
         return {"rates": self.heat_map()}
 
     def heat_map(self) -> Figure:
-        """A panel for each hyperparameter, rows by phases, with the values in the cells; rates on a log scale."""
-        rows, count = len(self.groups), len(self.values)
+        """A panel for each hyperparameter that varies, rows by phases; rates and decays on a log scale."""
+        varied = self.varied()
+        rows, count = len(self.groups), len(varied)
         width = 2.2 + count * max(2.4, 0.75 * self.phases + 0.8)
         figure = Figure(figsize=(width, 1.5 + 0.32 * rows), dpi=100, layout="constrained")
         axes = figure.subplots(1, count, squeeze=False)[0]
-        for axis, (name, table) in zip(axes, self.values.items()):
+        for axis, (name, table) in zip(axes, varied.items()):
             values = table.detach().cpu().double().numpy()
             log = name in ("lr", "weight_decay") and bool((values > 0).all()) and values.max() > values.min()
             image = axis.imshow(values, cmap="viridis", aspect="auto", norm=LogNorm() if log else None)

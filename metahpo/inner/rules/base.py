@@ -20,7 +20,12 @@ class UpdateRule(nn.Module):
 
     Its own ``nn.Parameter``s are hyperparameters, which an outer loop can learn. A subclass writes ``forward`` and, if
     it has momenta or counters, ``init``.
+
+    With ``needs_loss`` the inner loop calls it as ``forward(params, grads, state, step, loss)``: ``loss(params)`` is
+    this step's loss (a ``StepLoss``), closed over ``loss.batch`` and ``loss.carry``.
     """
+
+    needs_loss = False
 
     def init(self, params: Params) -> RuleState:
         """The state before the first step (a tree of tensors, or None)."""

@@ -1,0 +1,147 @@
+"""Symmetric linear systems by conjugate gradients, differentiated without the iterations."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
+
+from metahpo.errors import NetError
+from metahpo.functional.levels import levels
+
+# (tree of tensors, v [n]) -> A v [n]; A is symmetric and positive definite, and depends on the tree.
+Operator = Callable[[Any, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class ConjugateGradients:
+    """Solves A x = b to ``|b - A x| <= tolerance * |b|`` in at most ``steps`` products with A (Hestenes and Stiefel
+    1952).
+
+    tolerance: None for 2e-12 in float64 and 6e-6 in float32, about the 3/4 power of their precision. Warns with the
+    residual and the steps when that was not reached, which A's being not positive definite may be the cause of too.
+    """
+
+    steps: int = 200
+    tolerance: float | None = None
+
+    def __post_init__(self):
+        if type(self.steps) is not int or self.steps < 1:
+            raise NetError(f"ConjugateGradients: steps should be a whole number of at least 1, found {self.steps!r}")
+
+    def __call__(self, product: Callable[[Tensor], Tensor], b: Tensor) -> Tensor:
+        """x [n] for b [n]; nothing differentiates through it."""
+        tolerance = torch.finfo(b.dtype).eps ** 0.75 if self.tolerance is None else self.tolerance
+        x, residual, direction, square = torch.zeros_like(b), b, b, b @ b
+        # Squares of small numbers would be lost before the numbers are.
+        target, going, count = tolerance**2 * square, square > 0, 0
+        while _anywhere(going) and count < self.steps:
+            image = product(direction)
+            curvature = direction @ image
+            positive = going & (curvature > 0)
+            size = torch.where(positive, square / torch.where(positive, curvature, 1.0), 0.0)
+            x, residual = x + size * direction, residual - size * image
+            new = residual @ residual
+            direction = residual + torch.where(positive, new / torch.where(positive, square, 1.0), 0.0) * direction
+            square, going, count = new, positive & (new > target), count + 1
+        self._warn(square, b @ b, target, count)
+        return x
+
+    def _warn(self, square: Tensor, start: Tensor, target: Tensor, count: int) -> None:
+        missed = ~(square <= target)
+        if torch.compiler.is_compiling() or not _anywhere(missed):
+            return
+        ratio = _value((square / torch.where(start > 0, start, 1.0)).sqrt()).max().item()
+        warnings.warn(
+            f"conjugate gradients did not converge: relative residual {ratio:.1e} after {count} steps; the curvature "
+            "may not be positive (take more damping), or allow more steps or a larger tolerance",
+            stacklevel=2,
+        )
+
+
+def solve(operator: Operator, tree: Any, b: Tensor, solver: ConjugateGradients) -> Tensor:
+    """x with ``operator(tree, x) = b``, all [n], differentiable once in b and in all that A depends on, in reverse and
+    forward mode (the implicit function theorem: a derivative is one more solve with the same A).
+
+    NetError where the derivative itself is differentiated.
+    """
+    constants = tree_map_only(Tensor, torch.detach, tree)
+    with torch.no_grad():
+        x = solver(lambda v: operator(constants, v), b.detach()).detach()
+    # Zero but for its derivative, which is A^-1 times that of the residual.
+    residual = b - operator(tree, x)
+    leaves, spec = tree_flatten(tree)
+    places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+    others = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+
+    def inverse(v: Tensor, tensors: tuple[Tensor, ...]) -> Tensor:
+        given = list(others)
+        for i, tensor in zip(places, tensors):
+            given[i] = tensor.detach()
+        rebuilt = tree_unflatten(given, spec)
+        with torch.no_grad():
+            return solver(lambda u: operator(rebuilt, u), v.detach())
+
+    return x + _Inverse.apply(inverse, residual, *(leaves[i] for i in places))  # type: ignore[operator]
+
+
+class _Inverse(torch.autograd.Function):
+    """Zero, with the derivative A^-1: of a residual that is zero."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(inverse: Callable[..., Tensor], residual: Tensor, *tensors: Tensor) -> Tensor:
+        return torch.zeros_like(residual)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.inverse, ctx.count = inputs[0], len(inputs) - 2
+        ctx.save_for_backward(*inputs[2:])
+        ctx.save_for_forward(*inputs[2:])
+
+    @staticmethod
+    def backward(ctx: Any, cotangent: Tensor):  # type: ignore[override]
+        solved = ctx.inverse(cotangent, ctx.saved_tensors)
+        return None, _Once.apply(solved, cotangent, *ctx.saved_tensors), *[None] * ctx.count
+
+    @staticmethod
+    def jvp(ctx: Any, _: None, tangent: Tensor, *others: Any):  # type: ignore[override]
+        return ctx.inverse(tangent, ctx.saved_tensors)
+
+
+class _Once(torch.autograd.Function):
+    """The first argument, which depends on the others in a way that is not differentiated."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(solved: Tensor, *others: Tensor) -> Tensor:
+        return solved.view_as(solved)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Any):  # type: ignore[override]
+        raise NetError("a rule that solves for its step (Newton, Gauss-Newton) has first derivatives alone")
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any):  # type: ignore[override]
+        raise NetError("a rule that solves for its step (Newton, Gauss-Newton) has first derivatives alone")
+
+
+def _anywhere(mask: Tensor) -> bool:
+    """Whether the mask is true, for any of the tasks under ``vmap``; a compiler, which cannot know, takes all steps."""
+    return torch.compiler.is_compiling() or bool(_value(mask).any())
+
+
+def _value(tensor: Tensor) -> Tensor:
+    *_, value = levels(tensor)
+    return value
