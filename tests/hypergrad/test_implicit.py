@@ -117,6 +117,27 @@ def test_fixed_point_follows_the_rule_to_its_own_end():
     torch.testing.assert_close(found.grads, exact.grads, rtol=1e-8, atol=1e-9)
 
 
+class Slow(SGD):
+    """Its state are slow parameters, which move where the parameters do (Zhang et al. 2019, with one fast step)."""
+
+    def init(self, params):
+        return dict(params)
+
+    def forward(self, params, grads, state, step):
+        fast, _ = super().forward(params, grads, None, step)
+        slow = {n: 0.5 * state[n] + 0.5 * p for n, p in fast.items()}
+        return slow, {n: p.clone() for n, p in slow.items()}
+
+
+def test_fixed_point_goes_through_the_state():
+    ridge = Ridge(per_parameter=True)
+    _, expected = ridge.expected()
+    arguments = (ridge.outer_loss, ridge.params, ridge.hparams, ridge.batches * 150)
+    found = Implicit(FixedPoint(300, 1e-12))(ridge.problem, Slow(RATE).double(), *arguments)
+    assert found.warnings == ()
+    torch.testing.assert_close(found.grads, expected, rtol=1e-9, atol=1e-11)
+
+
 def test_unrolling_tends_to_it():
     ridge = Ridge(per_parameter=True)
     _, expected = ridge.expected()
