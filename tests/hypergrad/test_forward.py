@@ -12,7 +12,7 @@ from torch.func import functional_call
 
 from metahpo.errors import HypergradientError, NetError, NonFiniteError
 from metahpo.hypergrad import Forward, InnerState, Unroll, check_hypergradient
-from metahpo.inner import SGD, InnerProblem, UpdateRule, rule_hparams
+from metahpo.inner import LBFGS, SGD, Adam, InnerProblem, Newton, UpdateRule, rule_hparams
 
 
 class Heavy(UpdateRule):
@@ -55,6 +55,17 @@ def test_equals_reverse_mode(chunk, momentum, small_problem):
     torch.testing.assert_close(comparison.result.final_params, comparison.reference.final_params, rtol=1e-12, atol=0)
     torch.testing.assert_close(comparison.result.losses, comparison.reference.losses, rtol=1e-12, atol=0)
     assert comparison.result.warnings == ()
+
+
+@pytest.mark.parametrize(
+    "rule", [SGD(0.1, 0.9, nesterov=True), Adam(0.05), LBFGS(), Newton(damping=3.0)], ids=lambda r: type(r).__name__
+)
+def test_equals_reverse_mode_with_the_rules_of_the_package(rule, small_problem):
+    problem, _, outer_loss, params, hparams, batches = small_problem(3)
+    del hparams["rule.lr"]
+    rule = rule.double()
+    given = (problem, rule, outer_loss, params, {**hparams, **rule_hparams(rule)}, batches)
+    assert check_hypergradient(Forward(), *given).relative_error < 1e-10
 
 
 @pytest.mark.parametrize("momentum", [False, True])
