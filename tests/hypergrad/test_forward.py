@@ -106,7 +106,7 @@ def test_nets_with_a_decay_of_every_parameter(layer):
 @pytest.mark.parametrize("needs_loss", [False, True])
 def test_dropout_draws_once_a_step_whatever_the_chunks(needs_loss):
     problem, rule, outer_loss, params, hparams, batches = net_problem(nn.Identity())
-    rule.needs_loss = needs_loss
+    rule = AskingSGD(0.5).double() if needs_loss else rule
 
     def noisy(params, hparams, batch):
         loss = problem.loss(params, hparams, batch)
@@ -158,6 +158,13 @@ def test_refuses_what_it_cannot_do(small_problem):
     with pytest.raises(NonFiniteError, match=r"diverged: its loss is (inf|nan) at step \d+ of 40 .* lower its rates"):
         hparams = {"rule.lr": torch.tensor(10.0).double()}
         Forward()(diverging, rule, lambda p, h: p["a"].sum(), params, hparams, [None] * 40)
+
+
+class AskingSGD(SGD):
+    needs_loss = True
+
+    def forward(self, params, grads, state, step, *loss):
+        return super().forward(params, grads, state, step)
 
 
 class Refusing(SGD):

@@ -260,6 +260,7 @@ def test_memory_does_not_grow_with_the_steps():
 
         run(2)
         peaks = [measured(lambda steps=steps: run(steps), torch.device("cpu"))[2] for steps in (4, 30)]
-        if None in peaks:
+        found = [peak for peak in peaks if peak is not None]
+        if not found:
             pytest.skip("this system does not tell its peak memory")
-        assert peaks[1] - peaks[0] < 8e6
+        assert found[1] - found[0] < 8e6
