@@ -68,13 +68,17 @@ def relative(residual: Tensor, rhs: Tensor) -> Tensor:
     return residual.norm() / torch.where(size > 0, size, 1)
 
 
-def check_settings(solver: object, *, steps: int, tolerance: float, **positive: float) -> None:
-    """Raises HypergradientError for settings that no solver can have. positive: numbers that should be above zero."""
-    name = type(solver).__name__
-    if type(steps) is not int or steps < 1:
-        raise HypergradientError(f"{name}: steps should be a number of at least 1, found {steps!r}")
-    if not tolerance >= 0:
-        raise HypergradientError(f"{name}: tolerance should be at least 0, found {tolerance!r}")
-    for key, value in positive.items():
-        if not 0 < value < math.inf:
-            raise HypergradientError(f"{name}: {key} should be above 0 and finite, found {value!r}")
+def check_settings(solver: object, count: str = "steps", *positive: str) -> None:
+    """Raises HypergradientError for settings that no solver can have.
+
+    count: the name of a whole number of at least 1; positive: of numbers that should be above zero.
+    """
+    name, settings = type(solver).__name__, vars(solver)
+    if type(settings[count]) is not int or settings[count] < 1:
+        raise HypergradientError(f"{name}: {count} should be a number of at least 1, found {settings[count]!r}")
+    for key in ("tolerance", "damping"):
+        if not settings.get(key, 0) >= 0:
+            raise HypergradientError(f"{name}: {key} should be at least 0, found {settings[key]!r}")
+    for key in positive:
+        if not 0 < settings[key] < math.inf:
+            raise HypergradientError(f"{name}: {key} should be above 0 and finite, found {settings[key]!r}")

@@ -8,7 +8,6 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from metahpo.errors import HypergradientError
 from metahpo.hypergrad.solvers.base import Product, Solution, check_settings, first_guess, relative
 
 
@@ -33,9 +32,7 @@ class CG:
     advice: ClassVar[str] = "take more steps, or damping"
 
     def __post_init__(self):
-        check_settings(self, steps=self.steps, tolerance=self.tolerance)
-        if not self.damping >= 0:
-            raise HypergradientError(f"CG: damping should be at least 0, found {self.damping!r}")
+        check_settings(self)
 
     def __call__(self, product: Product, rhs: Tensor, start: Tensor | None = None) -> Solution:
         def damped(v: Tensor) -> Tensor:

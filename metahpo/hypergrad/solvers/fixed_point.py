@@ -31,7 +31,7 @@ class FixedPoint:
     advice: ClassVar[str] = "take more steps, or train for longer"
 
     def __post_init__(self):
-        check_settings(self, steps=self.steps, tolerance=self.tolerance)
+        check_settings(self)
 
     def __call__(self, product: Product, rhs: Tensor, start: Tensor | None = None) -> Solution:
         v, left = first_guess(product, rhs, start)
