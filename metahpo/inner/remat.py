@@ -78,16 +78,17 @@ def recomputed_steps(
     def update(params, grads, state, step, rates):
         given = rule
         if rates:
-            given = _with_parameters(rule, {id(own[name]): rate for name, rate in rates.items()}, {})
+            # By name: a functional_call around the loop may give the rule others than it has in the backward pass.
+            given = _with_parameters(rule, {id(p): rates[name] for name, p in rule.named_parameters()}, {})
         return given(params, grads, state, step)
 
     def take(loss, update, tree) -> Steps:
         start, batches, rates = tree
         return take_steps(loss, lambda *arguments: update(*arguments, rates), gradient, start, batches, first, keep)
 
-    own = dict(rule.named_parameters()) if isinstance(rule, nn.Module) else {}
+    rates = dict(rule.named_parameters()) if isinstance(rule, nn.Module) else {}
     watched, pull = explicit(loss, "the inner loss"), pull_by_reverse(lambda tree: take(loss, update, tree))
-    return recomputed(lambda tree: take(watched, _watched(update), tree), pull, (start, batches, own))
+    return recomputed(lambda tree: take(watched, _watched(update), tree), pull, (start, batches, rates))
 
 
 def _with_parameters(module: nn.Module, new: dict[int, Tensor], made: dict[int, nn.Module]) -> nn.Module:
