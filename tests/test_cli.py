@@ -251,6 +251,20 @@ def test_resuming_a_finished_run_is_harmless(run, capsys):
     assert {path.name: path.read_bytes() for path in (run / "checkpoints").iterdir()} == before
 
 
+# Trains on after its first epoch only when the signal has been sent, however slow the machine.
+WAITS = """
+import os, time
+from metahpo import cli
+
+def show(*text, **how):
+    print(*text, **how)
+    while "epoch 1/6" in text[0] and not os.path.exists("sent"):
+        time.sleep(0.01)
+
+cli.print = show
+"""
+
+
 @pytest.mark.parametrize(("signum", "code", "name"), [(signal.SIGINT, 130, "SIGINT"), (signal.SIGTERM, 143, "SIGTERM")])
 def test_a_signal_saves_and_resuming_ends_in_the_same_checkpoint(here, start, monkeypatch, signum, code, name):
     overrides = ["training.epochs=6", "training.iterations=10", "training.min_lr=null"]
@@ -258,10 +272,12 @@ def test_a_signal_saves_and_resuming_ends_in_the_same_checkpoint(here, start, mo
     # As many threads on both sides, so that sums are added in the same order.
     child = start(
         f"import sys, torch; torch.set_num_threads({torch.get_num_threads()})\n"
-        f"from metahpo.cli import main; sys.exit(main({arguments}))"
+        + WAITS
+        + f"sys.exit(cli.main({arguments}))"
     )
     child.wait_for("epoch 1/6")
     child.send_signal(signum)
+    (here / "sent").touch()
     found, _, err = child.finished()
     assert found == code
     assert err.splitlines()[-2:] == [
