@@ -62,13 +62,13 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--only", action="append", choices=KINDS, help="only this engine or peer; may be repeated")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--tasks", type=positive, help="tasks a meta-step, in place of the workload's own")
-    parser.add_argument("--rounds", type=positive, help="steps timed of each (default 10; with --quick 2)")
+    parser.add_argument("--rounds", type=positive, help="steps timed of each (default 10; with --quick 1)")
     parser.add_argument("--limit", type=positive, default=300, help="leave out what takes more seconds for two steps")
     parser.add_argument("--float64", action="store_true", help="compare the engines in double precision too")
     parser.add_argument("--quick", action="store_true", help="tiny versions of the workloads, under a minute")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here")
     options = parser.parse_args()
-    options.rounds = options.rounds or (2 if options.quick else 10)
+    options.rounds = options.rounds or (1 if options.quick else 10)
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch finds no GPU here")
     if options.json and not options.json.absolute().parent.is_dir():

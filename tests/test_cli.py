@@ -251,25 +251,41 @@ def test_resuming_a_finished_run_is_harmless(run, capsys):
     assert {path.name: path.read_bytes() for path in (run / "checkpoints").iterdir()} == before
 
 
+# Trains on after its first epoch only when the signal has been sent, however slow the machine.
+WAITS = """
+import os, time
+from metahpo import cli
+
+def show(*text, **how):
+    print(*text, **how)
+    while "epoch 1/6" in text[0] and not os.path.exists("sent"):
+        time.sleep(0.01)
+
+cli.print = show
+"""
+
+
 @pytest.mark.parametrize(("signum", "code", "name"), [(signal.SIGINT, 130, "SIGINT"), (signal.SIGTERM, 143, "SIGTERM")])
-def test_a_signal_saves_and_resuming_ends_in_the_same_checkpoint(here, signum, code, name):
-    overrides = ["training.epochs=6", "training.iterations=30", "training.min_lr=null"]
-    command = [sys.executable, "-u", "-m", "metahpo", "train", "sines.yaml", *overrides, "run_dir=stopped"]
-    # One thread on both sides, so that sums are added in the same order.
-    threads = torch.get_num_threads()
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(threads)}
-    child = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    for line in child.stdout:
-        if line.startswith("epoch 1/6"):
-            child.send_signal(signum)
-            break
-    _, err = child.communicate(timeout=60)
-    assert child.returncode == code
+def test_a_signal_saves_and_resuming_ends_in_the_same_checkpoint(here, start, monkeypatch, signum, code, name):
+    overrides = ["training.epochs=6", "training.iterations=10", "training.min_lr=null"]
+    arguments = ["train", "sines.yaml", *overrides, "run_dir=stopped"]
+    # As many threads on both sides, so that sums are added in the same order.
+    child = start(
+        f"import sys, torch; torch.set_num_threads({torch.get_num_threads()})\n"
+        + WAITS
+        + f"sys.exit(cli.main({arguments}))"
+    )
+    child.wait_for("epoch 1/6")
+    child.send_signal(signum)
+    (here / "sent").touch()
+    found, _, err = child.finished()
+    assert found == code
     assert err.splitlines()[-2:] == [
         "stopping after this step; once more stops at once, without saving",
         f"metahpo: stopped by {name}",
     ]
     assert position(CheckpointStore(here / "stopped" / "checkpoints").list()[-1]) < (6, 0)
+    monkeypatch.setattr("metahpo.cli._write_report", lambda *_: None)
     assert main(["train", "--resume", "stopped"]) == 0
     assert main(["train", "sines.yaml", *overrides, "run_dir=whole"]) == 0
     assert final(here / "stopped") == final(here / "whole")

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import math
-import threading
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any, Protocol
 
 import torch
-from torch import nn
-from torch.func import functional_call
+from torch import Tensor, nn
 
 from metahpo.errors import NetError
 from metahpo.functional.trees import Params
@@ -20,9 +18,6 @@ from metahpo.inner.gradient import InnerGradient, InnerLoss
 from metahpo.inner.recompute import cut, pull_by_reverse, recomputed
 from metahpo.inner.rules.base import RuleState, UpdateRule
 from metahpo.inner.steps import Steps, take_steps
-
-# functional_call exchanges the parameters of the module itself, for all threads, while it runs.
-_ONE_CALL = threading.RLock()
 
 
 class Remat(Protocol):
@@ -88,10 +83,11 @@ def recomputed_steps(
     """
 
     def update(arguments, rates):
-        if not rates:
-            return rule(*arguments)
-        with _ONE_CALL:
-            return functional_call(rule, rates, arguments)
+        given = rule
+        if rates:
+            # By name: a functional_call around the loop may give the rule others than it has in the backward pass.
+            given = _with_parameters(rule, {id(p): rates[name] for name, p in rule.named_parameters()}, {})
+        return given(*arguments)
 
     def take(loss, update, tree) -> Steps:
         start, batches, rates = tree
@@ -105,6 +101,25 @@ def recomputed_steps(
     rates = dict(rule.named_parameters()) if isinstance(rule, nn.Module) else {}
     watched, pull = explicit(loss, "the inner loss"), pull_by_reverse(lambda tree: take(loss, update, tree))
     return recomputed(lambda tree: take(watched, _watched(update), tree), pull, (start, batches, rates))
+
+
+def _with_parameters(module: nn.Module, new: dict[int, Tensor], made: dict[int, nn.Module]) -> nn.Module:
+    """A copy of ``module`` that has other parameters, ``new`` by the ``id`` of its own, and all else in common with it.
+
+    Unlike ``functional_call``, which changes the module itself while it runs: other threads would see that. made: the
+    copies of modules so far, by ``id``, as one may stand in several places.
+    """
+    if id(module) not in made:
+        made[id(module)] = twin = object.__new__(type(module))
+        twin.__dict__.update(vars(module))
+        twin.__dict__["_parameters"] = {
+            name: p if p is None else new.get(id(p), p) for name, p in module._parameters.items()
+        }
+        twin.__dict__["_modules"] = {
+            name: child if child is None else _with_parameters(child, new, made)
+            for name, child in module._modules.items()
+        }
+    return made[id(module)]
 
 
 def _watched(update: Callable[..., Any]) -> Callable[..., Any]:

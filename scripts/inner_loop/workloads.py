@@ -99,11 +99,11 @@ SPECS = {
 }
 QUICK = {
     "omniglot": replace(SPECS["omniglot"], net=lambda: Conv4((1, 28, 28), 5, filters=8), queries=3, tasks=2, steps=2),
-    "maml_pp": replace(SPECS["maml_pp"], net=lambda: Conv4((1, 28, 28), 20, filters=8), tasks=2, steps=2),
+    "maml_pp": replace(SPECS["maml_pp"], net=lambda: Conv4((1, 28, 28), 20, filters=4), tasks=2, steps=2),
     "mini_imagenet": replace(
         SPECS["mini_imagenet"],
-        net=lambda: Conv4((3, 42, 42), 5, filters=8),
-        shape=(3, 42, 42),
+        net=lambda: Conv4((3, 21, 21), 5, filters=8),
+        shape=(3, 21, 21),
         queries=2,
         tasks=2,
         steps=2,

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -18,7 +16,6 @@ from metahpo.errors import NetError
 from metahpo.native import conv_taps
 from metahpo.native.build import library
 
-ROOT = Path(__file__).resolve().parents[2]
 compiled = pytest.mark.skipif(library(torch.float64) is None, reason="no C kernels here")
 
 # N, C, O, H, W, K
@@ -277,19 +274,18 @@ for warning in caught:
 """
 
 
-def process(cache, program=PROGRAM, **env):
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "XDG_CACHE_HOME": str(cache), **env}
-    command = [sys.executable, "-c", program]
-    return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+@pytest.fixture
+def process(start):
+    return lambda cache, program=PROGRAM, **env: start(program, XDG_CACHE_HOME=str(cache), **env)
 
 
 def finished(child) -> list[str]:
-    out, err = child.communicate(timeout=200)
-    assert child.returncode == 0, err
+    code, out, err = child.finished()
+    assert code == 0, err
     return out.splitlines()
 
 
-def test_without_kernels_there_is_one_warning_and_torch_does_the_work(tmp_path):
+def test_without_kernels_there_is_one_warning_and_torch_does_the_work(tmp_path, process):
     (tmp_path / "none").mkdir()
     failing = tmp_path / "failing"
     failing.write_text("#!/bin/sh\necho 'no such\nprocessor' >&2; exit 1\n")
@@ -309,7 +305,7 @@ def test_without_kernels_there_is_one_warning_and_torch_does_the_work(tmp_path):
 
 
 @compiled
-def test_processes_that_compile_at_once_share_what_is_then_kept(tmp_path):
+def test_processes_that_compile_at_once_share_what_is_then_kept(tmp_path, process):
     once = "import torch; from metahpo.native.build import library; print(library(torch.float32) is not None)"
     # A compiler that notes each call and takes its time to hand out what has been compiled before.
     compiler, calls = tmp_path / "compiler", tmp_path / "calls"

@@ -213,7 +213,7 @@ def test_a_mistake_is_told_in_one_line_by_one_rank(folder, two, name, code, rank
 
 
 def test_sigterm_to_torchrun_saves_and_one_process_goes_on(folder, monkeypatch):
-    longer = ["train", "sines.yaml", "training.epochs=3", "training.iterations=150"]
+    longer = ["train", "sines.yaml", "training.epochs=3", "training.iterations=60"]
     command = [*TORCHRUN, "-m", "metahpo", *longer, "run_dir=killed"]
     child = subprocess.Popen(
         command, cwd=folder, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True

@@ -110,7 +110,8 @@ def test_all_equal_loop_in_every_phase(engine, name, kind):
         pytest.skip("recording it takes long, and shows no more than conv4 with MAML++")
     learner, tasks, engine = build(name, kind), images(), engine()
     phases = [learner.training_phase(0), replace(learner.training_phase(99), first_order=True), Phase(training=True)]
-    for phase in phases:
+    # Each kind of phase is a record of its own; test_a_record_sees_what_changes has them all on a net that is quick.
+    for phase in phases[:1] if isinstance(engine, Trace) else phases:
         assert_equal(engine.meta_gradient(learner, tasks, phase), Loop().meta_gradient(learner, tasks, phase), 1e-9)
     torch.testing.assert_close(
         engine.evaluate(learner, tasks, Phase()), Loop().evaluate(learner, tasks, Phase()), rtol=1e-10, atol=1e-10
