@@ -168,13 +168,14 @@ def finished(
     losses: Sequence[Tensor],
     warnings: Iterable[str] = (),
 ) -> Hypergradient:
-    """The result, once it is known to be finite. A gradient None is zero (``check_inputs`` has told why).
+    """The result, once it is known to be finite. losses: scalars, or vectors of several steps' (T small tensors take
+    memory that grows with T). A gradient None is zero (``check_inputs`` has told why).
 
     Raises NonFiniteError, which names the first step at which the training had diverged.
     """
     found = {n: torch.zeros_like(h) if (g := grads[n]) is None else g.detach() for n, h in hparams.items()}
     device = value.device
-    path = torch.stack([x.detach() for x in losses]) if losses else torch.zeros(0, device=device)
+    path = torch.cat([x.detach().reshape(-1) for x in losses]) if losses else torch.zeros(0, device=device)
     largest = torch.stack([g.abs().max() if g.numel() else g.sum() for g in found.values()]).max()
     if not bool(torch.isfinite(value.detach()) & torch.isfinite(largest) & torch.isfinite(path).all()):
         raise NonFiniteError(_diverged(value, path, found, state))

@@ -71,13 +71,17 @@ class Forward:
         params, hparams, losses = constants(params), constants(hparams), []
         inner = problem.fit(rule, params, hparams, [], state=state.rule).state
         chunks = self._start(state.memory, params, inner, hparams)
-        seeds = _unit_vectors(hparams, [chunk.count for chunk in chunks])
+        seeds = _unit_vectors(hparams, [chunk.width for chunk in chunks])
         with torch.no_grad():
             for step, batch in enumerate(batches, start=state.step):
                 now = Step(problem, rule, params, inner, hparams, batch, step)
                 for i, seed in enumerate(seeds):
-                    params, inner, loss, chunks[i] = now.pushed(chunks[i], seed)
-                losses.append(loss)
+                    chunks[i] = now.pushed(chunks[i], seed)
+                params, inner = now.params, now.state
+                losses.append(now.loss)
+                if step % 256 == 0:
+                    # Small tensors take more memory than their one number.
+                    losses = [torch.cat([x.reshape(-1) for x in losses])]
         with torch.enable_grad():
             ends, given = leaves(params), leaves(hparams)
             value = outer_value(outer_loss, ends, given)
@@ -91,7 +95,9 @@ class Forward:
         shapes = {name: h.shape for name, h in hparams.items()}
         if memory is None:
             count = sum(h.numel() for h in hparams.values())
-            whole = self.chunk or max(count, 1)
+            if not count:
+                raise HypergradientError(f"hparams: all of {', '.join(hparams)} are empty")
+            whole = self.chunk or count
             return [zeros(params, inner, min(whole, count - done)) for done in range(0, count, whole)]
         if not isinstance(memory, Memory):
             raise HypergradientError(f"state: its memory is {type(memory).__name__}, expected that of Forward")
@@ -120,6 +126,6 @@ def _chained(value: Tensor, ends: Params, given: Params, chunks: list[Tangents])
     else:
         found = tuple(map(torch.zeros_like, inputs))
     slopes, direct = found[: len(ends)], found[len(ends) :]
-    rows = [sum(t.flatten(1) @ s.flatten() for t, s in zip(chunk.params, slopes)) for chunk in chunks]
-    parts = torch.cat(rows).split([h.numel() for h in given.values()])
+    terms = [[t.flatten(1) @ s.flatten() for t, s in zip(chunk.params, slopes)] for chunk in chunks]
+    parts = torch.cat([torch.stack(row).sum(0) for row in terms]).split([h.numel() for h in given.values()])
     return {name: d + part.view_as(d).to(d) for (name, d), part in zip(zip(given, direct), parts)}

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import islice
 from typing import Any, NamedTuple
 
@@ -16,26 +18,29 @@ from metahpo.errors import NetError, one_line
 from metahpo.functional.kernels import forward_mode
 from metahpo.functional.trees import Params
 from metahpo.inner.problem import InnerProblem, split
+from metahpo.inner.randomness import Draws
 from metahpo.inner.rules.base import RuleState, UpdateRule
 
 
 class Tangents(NamedTuple):
-    """Derivatives in ``count`` scalars: [count, *shape] for each parameter and each floating tensor of a rule's
+    """Derivatives in ``width`` scalars: [width, *shape] for each parameter and each floating tensor of a rule's
     state."""
 
-    count: int
+    width: int
     params: list[Tensor]
     state: list[Tensor]
 
 
-def zeros(params: Params, state: RuleState, count: int) -> Tangents:
+def zeros(params: Params, state: RuleState, width: int) -> Tangents:
     """Nothing depends on the scalars yet."""
     parts = (list(params.values()), [leaf for leaf in tree_leaves(state) if _moves(leaf)])
-    return Tangents(count, *([t.new_zeros(count, *t.shape) for t in part] for part in parts))
+    params_, state_ = ([t.new_zeros(width, *t.shape) for t in part] for part in parts)
+    return Tangents(width, params_, state_)
 
 
 class Step:
-    """One step from (params, state): its result without a graph, and its derivative along any directions.
+    """One step from (params, state): its result (``params``, ``state``, and the ``loss`` before it), and its derivative
+    along any directions.
 
     The gradient's derivative along (dw, dh) is the product of the loss's Hessian in (w, h) with it, of which reverse
     mode over the gradient's graph gives the part in w: no layer needs a forward mode, and the graph serves all
@@ -58,24 +63,26 @@ class Step:
         self.primals = [*params.values(), *moving, *hparams.values()]
         self.sizes = (len(params), len(moving), len(hparams))
         self.problem, self.rule, self.batch = problem, rule, batch
+        self.draws = Draws(params.values())
         self.gradient = None
         if not getattr(rule, "needs_loss", False):
             self.gradient = _Gradient(problem, params, split(hparams)[0], batch)
             self.primals += self.gradient.grads
+        with self.draws.recording():
+            moved, self.state, self.loss = self._move(*self.primals)
+        self.params = dict(zip(self.names, moved))
 
-    def pushed(self, tangents: Tangents, seed: Params) -> tuple[Params, RuleState, Tensor, Tangents]:
-        """(params, state, loss before the step, tangents) after the step; seed: the hyperparameters' own tangents."""
+    def pushed(self, tangents: Tangents, seed: Params) -> Tangents:
+        """The tangents after the step; seed: the hyperparameters' own."""
         given = [*tangents.params, *tangents.state, *seed.values()]
-        if self.gradient is not None:
+        if self.gradient:
             given += self.gradient.along(tangents.params, split(seed)[0])
-        (leaves, spec), slopes = _pushed(self._move, self.primals, given)
-        params, state, loss = tree_unflatten(leaves, spec)
-        loss = loss if self.gradient is None else self.gradient.value
-        count = len(params)
-        moved = Tangents(tangents.count, slopes[:count], slopes[count : len(slopes) - (self.gradient is None)])
-        return dict(zip(self.names, params)), state, loss, moved
+        with self.draws.replaying():
+            slopes = _slopes(lambda *tensors: self._move(*tensors)[:2], self.primals, given)
+        count = len(self.names)
+        return Tangents(tangents.width, slopes[:count], slopes[count:])
 
-    def _move(self, *tensors: Tensor) -> tuple[list[Tensor], RuleState, Tensor | None]:
+    def _move(self, *tensors: Tensor) -> tuple[list[Tensor], RuleState, Tensor]:
         left = iter(tensors)
         params, moving, hparams = (list(islice(left, size)) for size in self.sizes)
         params, hparams = dict(zip(self.names, params)), dict(zip(self.hnames, hparams))
@@ -86,7 +93,7 @@ class Step:
             params, state, loss = end.params, end.state, end.losses[0]
         else:
             arguments = (params, dict(zip(self.names, left)), state, self.step)
-            (params, state), loss = functional_call(self.rule, split(hparams)[1], arguments), None
+            (params, state), loss = functional_call(self.rule, split(hparams)[1], arguments), self.gradient.value
         return [params[name] for name in self.names], state, loss
 
 
@@ -109,48 +116,47 @@ class _Gradient:
             return list(map(torch.zeros_like, params))
         firsts, directions = zip(*pairs)
         one = len(directions[0]) == 1  # Without vmap, which costs more than it is worth and which some layers have not.
-        found = torch.autograd.grad(
-            firsts,
-            self.params,
-            [t[0] for t in directions] if one else directions,
-            retain_graph=True,
-            allow_unused=True,
-            is_grads_batched=not one,
-        )
+        with _refusals("the gradient of a layer", "Forward(chunk=1)"):
+            found = torch.autograd.grad(
+                firsts,
+                self.params,
+                [t[0] for t in directions] if one else directions,
+                retain_graph=True,
+                allow_unused=True,
+                is_grads_batched=not one,
+            )
         if one:
             found = [s if s is None else s[None] for s in found]
         return [torch.zeros_like(t) if s is None else s for t, s in zip(params, found)]
 
 
-def _pushed(
-    function: Callable[..., Any], primals: Sequence[Tensor], tangents: Sequence[Tensor]
-) -> tuple[tuple[list[Any], Any], list[Tensor]]:
-    """(the leaves of ``function(*primals)`` and their structure, the derivative of each floating one along the
-    tangents)."""
-    around: list[Any] = []
+def _slopes(function: Callable[..., Any], primals: Sequence[Tensor], tangents: Sequence[Tensor]) -> list[Tensor]:
+    """The derivatives along the tangents of each floating leaf of ``function(*primals)``."""
 
-    def parts(*tensors: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-        leaves, spec = tree_flatten(function(*tensors))
-        around[:] = leaves, spec
-        still = [leaf for leaf in leaves if isinstance(leaf, Tensor) and not _moves(leaf)]
-        return [leaf for leaf in leaves if _moves(leaf)], still
+    def floating(*tensors: Tensor) -> list[Tensor]:
+        return [leaf for leaf in tree_leaves(function(*tensors)) if _moves(leaf)]
 
-    def along(*tangents: Tensor):
-        return jvp(parts, tuple(primals), tangents, has_aux=True)
+    def along(*tangents: Tensor) -> list[Tensor]:
+        return jvp(floating, tuple(primals), tangents)[1]
 
-    with forward_mode(), warnings.catch_warnings():
+    with forward_mode(), warnings.catch_warnings(), _refusals("an operation of the rule", "Unroll()"):
         # torch's own, where it makes an operation's forward mode.
         warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated", FutureWarning)
-        try:
-            moved, slopes, still = vmap(along, randomness="same")(*tangents)
-        except NotImplementedError as error:
+        return vmap(along, randomness="same")(*tangents)
+
+
+@contextmanager
+def _refusals(what: str, instead: str) -> Iterator[None]:
+    """torch's own refusals, with what to choose instead."""
+    try:
+        yield
+    except (NotImplementedError, RuntimeError) as error:
+        said = one_line(error)
+        if isinstance(error, NotImplementedError) or re.search("vmap|functorch|atching rule", said):
             raise NetError(
-                f"Forward needs a forward mode, which an operation has not ({one_line(error)}); choose Unroll()"
+                f"{what} has no forward mode, or none for several hyperparameters at once ({said}); choose {instead}"
             ) from error
-    # The values are the same for every direction.
-    rows = {True: iter(moved), False: iter(still)}
-    leaves = [next(rows[_moves(leaf)])[0] if isinstance(leaf, Tensor) else leaf for leaf in around[0]]
-    return (leaves, around[1]), slopes
+        raise
 
 
 def _moves(leaf: Any) -> bool:

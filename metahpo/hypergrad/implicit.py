@@ -1,0 +1,183 @@
+"""Hypergradients by the implicit function theorem, around the training."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from metahpo.errors import HypergradientError, NonFiniteError
+from metahpo.functional.trees import Params
+from metahpo.hypergrad.base import (
+    Hypergradient,
+    InnerState,
+    OuterLoss,
+    check_inputs,
+    constants,
+    finished,
+    leaves,
+    outer_value,
+)
+from metahpo.hypergrad.solvers.base import Solution, Solver
+from metahpo.hypergrad.solvers.cg import CG
+from metahpo.hypergrad.systems import System, hessian_system, update_system
+from metahpo.inner.problem import RULE, InnerProblem
+from metahpo.inner.rules.base import UpdateRule
+
+
+@dataclass(frozen=True)
+class Implicit:
+    """The implicit function theorem at the end w of the training (Bengio 2000; Pedregosa 2016; Lorraine et al. 2020,
+    equations 2 and 3): d outer/dh - d/dh (v . d inner/dw), with H v = d outer/dw and H the inner loss's Hessian.
+
+    solver: of the system: ``CG``, ``Neumann``, ``Nystrom``; or ``FixedPoint``, for the end of any contractive update
+    (Grazzi et al. 2020): then (I - J^T) v = d outer/d(w, rule state) and d outer/dh + v . d update/dh. batches: the
+    inner loss of H is the mean over the last so many. warm_start: whether a solver begins at the v that a ``state``
+    carries (Nystrom has no beginning).
+
+    Cost: the plain training, one gradient of each loss, and the solver's products, of about two gradients each.
+    Memory: the graph of one gradient on ``batches`` batches, and the solver's vectors; free of the number of steps.
+    Bias: the distance of w from the minimum (FixedPoint: from the fixed point), and the solver's residual. The one to
+    take for trainings that converge, with any number of steps and hyperparameters, millions of both.
+
+    Where a minimum ends the training, a rule's hyperparameters (its rate) do not move that end: their gradient is zero,
+    which a warning tells, as it tells of a solver that did not converge. Raises NonFiniteError for one that diverged.
+    """
+
+    solver: Solver = CG()
+    batches: int = 1
+    warm_start: bool = True
+
+    def __post_init__(self):
+        if type(self.batches) is not int or self.batches < 1:
+            raise HypergradientError(f"Implicit: batches should be a number of at least 1, found {self.batches!r}")
+
+    def __call__(
+        self,
+        problem: InnerProblem,
+        rule: UpdateRule,
+        outer_loss: OuterLoss,
+        params: Params,
+        hparams: Params,
+        batches: Iterable[Any],
+        state: InnerState | None = None,
+    ) -> Hypergradient:
+        batches = list(batches)
+        warnings = check_inputs(problem, rule, outer_loss, params, hparams, batches, state)
+        state = state or InnerState(None, 0)
+        params, losses = constants(params), []
+        with torch.no_grad():
+            # By stretches, so that no more than so many losses stand alone.
+            for first in range(0, len(batches), 256):
+                stretch = batches[first : first + 256]
+                end = problem.fit(rule, params, constants(hparams), stretch, state=state.rule, step=state.step)
+                params, state = end.params, InnerState(end.state, end.step, state.memory)
+                losses.append(torch.stack(end.losses))
+        last = batches[-self.batches :]
+        return self._at(problem, rule, outer_loss, params, hparams, last, state, losses, warnings)
+
+    def hypergradient_at(
+        self,
+        problem: InnerProblem,
+        rule: UpdateRule | None,
+        outer_loss: OuterLoss,
+        params: Params,
+        hparams: Params,
+        batches: Iterable[Any],
+        state: InnerState | None = None,
+    ) -> Hypergradient:
+        """The hypergradient at ``params`` as they are: no step is taken, for a training that goes on elsewhere.
+
+        batches: all of them make the inner loss's mean. rule: ``FixedPoint`` needs it; None otherwise does. state: that
+        of an earlier result (its ``memory`` is the warm start); with ``FixedPoint`` ``InnerState(rule state, steps
+        taken, memory)``. In the result ``losses`` is empty. What ``hparams`` and the losses are is checked where
+        ``state`` is None.
+        """
+        batches = list(batches)
+        if rule is None:
+            if self.solver.system == "map":
+                raise HypergradientError(f"{type(self.solver).__name__} needs the rule, found None")
+            rule = UpdateRule()
+        warnings = check_inputs(problem, rule, outer_loss, params, hparams, batches, state)
+        state = state or InnerState(None, 0)
+        return self._at(problem, rule, outer_loss, params, hparams, batches, state, [], warnings)
+
+    def _at(
+        self,
+        problem: InnerProblem,
+        rule: UpdateRule,
+        outer_loss: OuterLoss,
+        params: Params,
+        hparams: Params,
+        batches: Sequence[Any],
+        state: InnerState,
+        losses: Sequence[Tensor],
+        warnings: Sequence[str],
+    ) -> Hypergradient:
+        if not batches:
+            raise HypergradientError("batches: found none, expected those of the inner loss")
+        ends, given = leaves(params), leaves(hparams)
+        with torch.enable_grad():
+            value = outer_value(outer_loss, ends, given)
+            inputs = [*ends.values(), *given.values()]
+            found = (None,) * len(inputs)
+            if value.requires_grad:
+                found = torch.autograd.grad(value, inputs, allow_unused=True)
+            if self.solver.system == "map":
+                system = update_system(problem, rule, ends, given, batches, state.rule, state.step)
+            else:
+                system = hessian_system(problem, ends, given, batches)
+        slopes, direct = found[: len(ends)], dict(zip(given, found[len(ends) :]))
+        rhs = system.vector(slopes)
+        solution = self.solver(system.product, rhs, self._start(state.memory, rhs))
+        told = self._told(solution, given)
+        after = InnerState(state.rule, state.step, solution.v)
+        if not math.isfinite(float(solution.residual)):
+            # Raises where the training or the outer loss diverged, which comes first.
+            finished(value, dict.fromkeys(given), hparams, params, after, losses)
+            raise NonFiniteError(self._diverged(system, rhs))
+        through = system.to_hparams(solution.v)
+        grads = {name: _sum(direct[name], through.get(name)) for name in given}
+        return finished(value, grads, hparams, params, after, losses, [*warnings, *told])
+
+    def _start(self, memory: Any, rhs: Tensor) -> Tensor | None:
+        if memory is None or not self.warm_start:
+            return None
+        if not isinstance(memory, Tensor) or memory.shape != rhs.shape:
+            found = list(memory.shape) if isinstance(memory, Tensor) else type(memory).__name__
+            raise HypergradientError(
+                f"state: its memory is {found}, expected an earlier solution {list(rhs.shape)}; was it another "
+                "strategy's or another solver's?"
+            )
+        return memory
+
+    def _told(self, solution: Solution, hparams: Params) -> list[str]:
+        name, told = type(self.solver).__name__, []
+        own = [n for n in hparams if n.startswith(RULE)]
+        if own and self.solver.system == "hessian":
+            told.append(
+                f"{', '.join(map(repr, own))}: a minimum of the inner loss, where Implicit({name}) takes the training "
+                "to end, does not depend on the rule; the gradient is zero"
+            )
+        if not solution.converged or solution.note:
+            told.append(
+                f"{name}: relative residual {float(solution.residual):.1e} after {solution.steps} steps, asked for "
+                f"{solution.tolerance:.1e}; {solution.note or self.solver.advice}"
+            )
+        return told
+
+    def _diverged(self, system: System, rhs: Tensor) -> str:
+        if not bool(torch.isfinite(system.value)):
+            return f"the inner loss is {float(system.value)} at the end of the training"
+        if not bool(torch.isfinite(rhs).all()):
+            return "the outer loss's gradient is not finite at the end of the training"
+        name = type(self.solver).__name__
+        return f"{name} diverged: its residual is not finite; {self.solver.advice}"
+
+
+def _sum(direct: Tensor | None, through: Tensor | None) -> Tensor | None:
+    return through if direct is None else direct if through is None else direct + through
