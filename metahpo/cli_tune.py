@@ -76,7 +76,9 @@ def _tune(options: argparse.Namespace) -> int:
     run = TuningRun(tuner, run_dir, config.tune.model_dump(mode="json"), device)
     if options.resume:
         run.resume()
-        print(f"resuming {run_dir} at outer step {tuner.iteration + 1} of {tuner.iterations}", flush=True)
+        done = tuner.iteration >= tuner.iterations
+        where = f"all {tuner.iteration} outer steps are done" if done else f"at outer step {tuner.iteration + 1}"
+        print(f"resuming {run_dir}: {where}", flush=True)
     else:
         print(f"{options.config}: {tuner.title}, {tuner.iterations} outer steps on {device}, run directory {run_dir}")
     result = run.fit(options.until, lambda row: print(_line(row, tuner.iterations), flush=True))

@@ -42,7 +42,7 @@ def main() -> int:
     for steps in options.steps:
         expected, whose = reference(steps, options)
         for name in options.strategy or CASES:
-            found = refusal(name, steps, rows, options) or run(name, steps, False, options)
+            found: dict[str, Any] = refusal(name, steps, rows, options) or run(name, steps, False, options)
             if "left_out" in found:
                 left_out.append({"strategy": name, "steps": steps, "reason": found["left_out"]})
                 print(f"left out: {name} at {steps} steps: {found['left_out']}", flush=True)

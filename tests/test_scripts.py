@@ -16,21 +16,19 @@ from metahpo.training.engines import ENGINES
 SCRIPTS = Path(__file__).resolve().parents[1] / "scripts"
 
 
-def test_a_killed_run_resumes_to_the_same_end(tmp_path):
+def test_a_killed_run_resumes_to_the_same_end(tmp_path, script):
     figures = tmp_path / "figures.json"
-    command = [sys.executable, SCRIPTS / "prove_resume.py", "--quick", "--json", figures]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stdout + done.stderr
+    code, out, err = script("prove_resume", "--quick", "--json", figures)
+    assert code == 0, f"{code}{out}{err}"
     result = json.loads(figures.read_text())
     assert result["same"]
     assert len(result["rows"]) == 3
 
 
-def test_mixed_mode_with_remat_takes_a_fraction_of_the_memory(tmp_path):
+def test_mixed_mode_with_remat_takes_a_fraction_of_the_memory(tmp_path, script):
     figures, picture = tmp_path / "figures.json", tmp_path / "memory.png"
-    command = [sys.executable, SCRIPTS / "benchmark_memory.py", "--quick", "--json", figures, "--plot", picture]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stdout + done.stderr
+    code, out, err = script("benchmark_memory", "--quick", "--json", figures, "--plot", picture)
+    assert code == 0, out + err
     rows = json.loads(figures.read_text())["rows"]
     assert len(rows) == 2 * 5
     assert all(row["relative_error"] < 1e-4 for row in rows)
@@ -41,12 +39,33 @@ def test_mixed_mode_with_remat_takes_a_fraction_of_the_memory(tmp_path):
     assert picture.stat().st_size > 0
 
 
-def test_the_inner_loop_benchmark_measures_and_compares(tmp_path):
-    figures = tmp_path / "figures.json"
-    command = [sys.executable, SCRIPTS / "benchmark_inner_loop.py", "--quick", "--float64", "--json", figures]
-    # A busy machine may take many times the minute that it needs.
-    done = subprocess.run(command, capture_output=True, text=True, timeout=900)
+def test_every_strategy_is_measured_and_the_exact_ones_are_exact(tmp_path):
+    figures, picture = tmp_path / "figures.json", tmp_path / "horizon.png"
+    command = [sys.executable, SCRIPTS / "benchmark_hypergradients.py", "--quick", "--json", figures, "--plot", picture]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
+    result = json.loads(figures.read_text())
+    assert result["left_out"] == []
+    keys = {"strategy", "steps", "seconds", "cpu_seconds", "peak_bytes", "relative_error", "note"}
+    assert all(set(row) == keys and row["seconds"] > 0 for row in result["rows"])
+    errors = {(row["strategy"], row["steps"]): row["relative_error"] for row in result["rows"]}
+    assert len(errors) == len(result["rows"]) == 2 * len({name for name, _ in errors})
+    exact = [name for name, _ in errors if name.startswith("Unroll(") or name == "Forward()"]
+    # Float32 rounds: a figure of zero would be the reference compared with itself.
+    assert all(0 < errors[name, steps] < 1e-5 for name in exact for steps in (1, 10))
+    assert 0 < errors["FiniteDifference()", 1] < 1e-4 < 0.1 < errors["FiniteDifference()", 10]
+    assert errors["PES(8)", 10] is None
+    assert picture.stat().st_size > 0
+    bad = subprocess.run([*command[:2], "--steps", "1,x"], capture_output=True, text=True, timeout=300)
+    assert bad.returncode == 2
+    assert "expected numbers of steps of at least 1, as 1,10,100, found '1,x'" in bad.stderr
+    assert bad.stderr.count("\n") == 1
+
+
+def test_the_inner_loop_benchmark_measures_and_compares(tmp_path, script):
+    figures = tmp_path / "figures.json"
+    code, out, err = script("benchmark_inner_loop", "--quick", "--float64", "--json", figures)
+    assert code == 0, out + err
     result = json.loads(figures.read_text())
     assert {"cpu", "cores", "threads", "gpu", "torch"} <= set(result["machine"])
     names: dict[str, set[str]] = {}

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.func import grad, vmap
 
 from metahpo.functional.batched_conv import WAYS, BatchedConvolutions, Layer
+from metahpo.functional.levels import under_torch_func
 
 _fastest: dict[tuple[str, Layer], str] = {}
 _RUNS = 3
@@ -29,7 +30,7 @@ def batched_convolutions(inputs: Sequence[Tensor]) -> AbstractContextManager[Any
     timing enters the results: there no other way was reliably faster than the grouped one at the layers of Conv4.
     """
     # What a compiler records at this moment was chosen before or not at all.
-    here = torch._C._are_functorch_transforms_active() and not torch.compiler.is_compiling()
+    here = under_torch_func() and not torch.compiler.is_compiling()
     if not (here and inputs and inputs[0].is_cuda):
         return nullcontext()
     device = inputs[0].device

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from metahpo import native
 from metahpo.functional.batch_norm import PerStepBatchNorm
 from metahpo.functional.kernels import in_forward_mode
+from metahpo.functional.levels import under_torch_func
 
 
 def fuse(net: nn.Module) -> None:
@@ -38,7 +39,7 @@ def runs_native(x: Tensor, *params: Tensor | None) -> bool:
         and x.device.type == "cpu"
         and x.numel() > 0
         and all(p is None or p.dtype == x.dtype for p in params)
-        and not torch._C._functorch.maybe_current_level()
+        and not under_torch_func()
         and not in_forward_mode(x, *params)
         and not torch.is_autocast_enabled("cpu")
         and native.library(x.dtype) is not None
@@ -48,10 +49,10 @@ def runs_native(x: Tensor, *params: Tensor | None) -> bool:
 class _Conv2d(nn.Conv2d):
     """A ``Conv2d`` that runs on the C kernel."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        if runs_native(x, self.weight, self.bias) and x.shape[1] == self.in_channels:
-            return native.conv2d(x, self.weight, self.bias)
-        return super().forward(x)
+    def forward(self, input: Tensor) -> Tensor:
+        if runs_native(input, self.weight, self.bias) and input.shape[1] == self.in_channels:
+            return native.conv2d(input, self.weight, self.bias)
+        return super().forward(input)
 
 
 def _fits(module: nn.Module) -> bool:
@@ -84,9 +85,10 @@ class _Chain(nn.Sequential):
 
     links: list[_Link] | None = None  # None: a slice of a chain, which torch makes.
 
-    def forward(self, x: Any) -> Any:
+    def forward(self, input: Any) -> Any:
         if self.links is None:
-            return super().forward(x)
+            return super().forward(input)
+        x = input
         for modules, norm, slope, pool in self.links:
             if norm is not None and isinstance(x, Tensor) and _fusible(norm, x, pool):
                 x = norm.fused(x, slope, pool)

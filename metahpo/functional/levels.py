@@ -11,6 +11,11 @@ from torch import Tensor
 functorch: Any = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]
 
 
+def under_torch_func() -> bool:
+    """Whether this code runs inside ``torch.func.grad``, ``vmap`` or another of its transforms."""
+    return torch._C._are_functorch_transforms_active()
+
+
 def levels(tensor: Tensor) -> Iterator[Tensor]:
     """The tensor, and what each transform that runs now has wrapped in it, from the innermost transform outwards."""
     yield tensor

@@ -11,17 +11,12 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from metahpo.errors import NetError
-from metahpo.functional.levels import functorch, levels
+from metahpo.functional.levels import functorch, levels, under_torch_func
 
 
 def depends(tensor: Tensor) -> bool:
     """Whether a gradient reaches the tensor, by autograd or at any level of ``torch.func``."""
     return any(level.requires_grad for level in levels(tensor))
-
-
-def under_torch_func() -> bool:
-    """Whether this code runs inside ``torch.func.grad``, ``vmap`` or another of its transforms."""
-    return torch._C._are_functorch_transforms_active()
 
 
 def below_this_level(tensor: Tensor | None) -> Tensor | None:
@@ -73,25 +68,23 @@ class _OnlyArguments(TorchFunctionMode):
         self.what, self.instead = what, instead
         self.arguments = [leaf for leaf in tree_leaves(arguments) if isinstance(leaf, Tensor)]
         self.known = {id(leaf) for leaf in self.arguments}
-        self.level = functorch.maybe_current_level() or 0
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
+        # The start of a transform inside the function, on a constant.
+        its_own = func is Tensor.requires_grad_ and not depends(args[0])
         result = func(*args, **(kwargs or {}))
-        found = [tensor for tensor in _tensors(result) if depends(self._outside(tensor))]
+        if its_own:
+            self.known.add(id(result))
+            return result
+        found = [tensor for tensor in _tensors(result) if depends(tensor)]
         if found:
             for tensor in _tensors((*args, *(kwargs or {}).values())):
                 self._check(tensor, func)
             self.known.update(map(id, found))
         return result
 
-    def _outside(self, tensor: Tensor) -> Tensor:
-        """The tensor without what transforms inside the function, whose gradients are its own affair, wrapped it in."""
-        while functorch.is_functorch_wrapped_tensor(tensor) and functorch.maybe_get_level(tensor) > self.level:
-            tensor = functorch.get_unwrapped(tensor)
-        return tensor
-
     def _check(self, tensor: Tensor, func: Any) -> None:
-        if id(tensor) in self.known or not depends(self._outside(tensor)):
+        if id(tensor) in self.known or not depends(tensor):
             return
         # A transform inside the function wraps what it is given, and unwraps what it gives.
         if any(id(level) in self.known or self._computed_here(level) for level in levels(tensor)):

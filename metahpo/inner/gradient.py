@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.func import grad_and_value
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
+from metahpo.functional.levels import under_torch_func
 from metahpo.functional.trees import Params, map_tree
 
 # (params, carry, batch, step) -> (loss, carry): the params are fitted; the carry (buffers, counters) goes from step to
@@ -46,7 +47,7 @@ class Reverse:
     def __call__(
         self, loss: InnerLoss, params: Params, carry: Any, batch: Any, step: int
     ) -> tuple[Params, Tensor, Any]:
-        if not torch._C._functorch.maybe_current_level():
+        if not under_torch_func():
             return _by_autograd(loss, params, carry, batch, step)
         # torch.func lets only tensors out of a gradient; the rest of the carry goes around it.
         around: list[Any] = []

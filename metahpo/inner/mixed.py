@@ -16,8 +16,9 @@ from torch.utils._pytree import tree_leaves
 
 from metahpo.errors import NetError, one_line
 from metahpo.functional.kernels import forward_mode
+from metahpo.functional.levels import under_torch_func
 from metahpo.functional.trees import Params
-from metahpo.inner.explicit import explicit_at_first, under_torch_func
+from metahpo.inner.explicit import explicit_at_first
 from metahpo.inner.gradient import InnerLoss, Reverse
 from metahpo.inner.recompute import cut, fresh, pulled_back, recomputed, replaced
 

@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.func import grad
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
-from metahpo.inner.explicit import below_this_level, depends, under_torch_func
+from metahpo.functional.levels import under_torch_func
+from metahpo.inner.explicit import below_this_level, depends
 from metahpo.inner.randomness import Draws
 
 Cotangents = Sequence[Tensor | None]

@@ -76,7 +76,7 @@ def load_digits(sizes: tuple[int, int, int] = (900, 300, 597), seed: int = 0) ->
     """
     from sklearn.datasets import load_digits as load
 
-    bunch = load()
+    bunch: Any = load()
     images = torch.from_numpy(bunch.images).float().div(16).unsqueeze(1)
     data = Labelled(images, torch.from_numpy(bunch.target).long())
     return dict(zip(("train", "val", "test"), shuffled(data, sizes, seed)))

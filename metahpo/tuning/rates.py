@@ -264,7 +264,7 @@ def _groups(names: list[str], by: str) -> dict[str, list[str]]:
         return {"all": names}
     groups: dict[str, list[str]] = {}
     for name in names:
-        groups.setdefault(name if by == "tensor" else name.rpartition(".")[0] or name, []).append(name)
+        groups.setdefault(name if by == "tensor" else name.rpartition(".")[0] or "net", []).append(name)
     return groups
 
 

@@ -56,9 +56,9 @@ BATCH = 256
 def problem(steps: int, quick: bool, dtype: torch.dtype) -> tuple:
     """The arguments of a strategy: a tanh MLP 64-256-256-10 on batches of 256 of the digits' training half (quick:
     64-32-10 on 64), with one log decay for each weight matrix and the rate; the outer loss is the other half's."""
-    digits = load_digits()
-    order = torch.randperm(len(digits.target), generator=torch.Generator().manual_seed(0))
-    x, y = torch.as_tensor(digits.data / 16, dtype=dtype)[order], torch.as_tensor(digits.target)[order]
+    images, labels = map(torch.as_tensor, load_digits(return_X_y=True))
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
+    x, y = (images / 16).to(dtype)[order], labels[order]
     half = len(x) // 2
     sizes, size = ((64, 32, 10), 64) if quick else ((64, 256, 256, 10), BATCH)
     generator = torch.Generator().manual_seed(1)
@@ -131,5 +131,5 @@ def measure(name: str, steps: int, quick: bool, double: bool) -> dict[str, Any]:
     return {"seconds": seconds, "cpu_seconds": cpu, "peak_bytes": peak, "grads": grads}
 
 
-def _answer(answers: Any, *arguments: Any) -> None:
-    answers.put(measure(*arguments))
+def _answer(answers: Any, name: str, steps: int, quick: bool, double: bool) -> None:
+    answers.put(measure(name, steps, quick, double))

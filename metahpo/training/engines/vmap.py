@@ -31,7 +31,7 @@ class VMap:
     @torch.no_grad()
     def evaluate(self, learner: MetaLearner, tasks: Task, phase: Phase) -> tuple[Metrics, Params]:
         learner.train(phase.training)
-        evaluate = vmap(lambda *task: learner.evaluate(Task(*task), phase), randomness="different")
+        evaluate = vmap(lambda *task: learner.evaluate(Task._make(task), phase), randomness="different")
         return _run(self.name, learner, lambda: evaluate(*tasks))
 
 

@@ -36,7 +36,7 @@ RULES = {
     "amsgrad": lambda: Adam(0.1, 0.7, 0.8, eps=1e-2, amsgrad=True),
     "adamw": lambda: AdamW(0.1, 0.7, 0.8, eps=1e-2, weight_decay=0.05),
     "scheduled": lambda: Scheduled(Adam(0.1, eps=1e-2), [1.0, 0.5, 0.7], every=2),
-    "by layer": lambda: Scheduled(ByLayer(Adam(0.1, eps=1e-2), NAMES, phases=2, steps=STEPS), [1.0, 0.5], every=3),
+    "by layer": lambda: Scheduled(ByLayer(RMSprop(0.02, eps=1e-2), NAMES, phases=2, steps=STEPS), [1.0, 0.5], every=3),
 }
 
 
