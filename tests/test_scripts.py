@@ -49,6 +49,29 @@ def test_ten_distilled_digits_beat_ten_real_ones(tmp_path, script):
     assert picture.stat().st_size > 0
 
 
+def test_every_strategy_is_measured_and_the_exact_ones_are_exact(tmp_path):
+    figures, picture = tmp_path / "figures.json", tmp_path / "horizon.png"
+    command = [sys.executable, SCRIPTS / "benchmark_hypergradients.py", "--quick", "--json", figures, "--plot", picture]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    result = json.loads(figures.read_text())
+    assert result["left_out"] == []
+    keys = {"strategy", "steps", "seconds", "cpu_seconds", "peak_bytes", "relative_error", "note"}
+    assert all(set(row) == keys and row["seconds"] > 0 for row in result["rows"])
+    errors = {(row["strategy"], row["steps"]): row["relative_error"] for row in result["rows"]}
+    assert len(errors) == len(result["rows"]) == 2 * len({name for name, _ in errors})
+    exact = [name for name, _ in errors if name.startswith("Unroll(") or name == "Forward()"]
+    # Float32 rounds: a figure of zero would be the reference compared with itself.
+    assert all(0 < errors[name, steps] < 1e-5 for name in exact for steps in (1, 10))
+    assert 0 < errors["FiniteDifference()", 1] < 1e-4 < 0.1 < errors["FiniteDifference()", 10]
+    assert errors["PES(8)", 10] is None
+    assert picture.stat().st_size > 0
+    bad = subprocess.run([*command[:2], "--steps", "1,x"], capture_output=True, text=True, timeout=300)
+    assert bad.returncode == 2
+    assert "expected numbers of steps of at least 1, as 1,10,100, found '1,x'" in bad.stderr
+    assert bad.stderr.count("\n") == 1
+
+
 def test_the_inner_loop_benchmark_measures_and_compares(tmp_path, script):
     figures = tmp_path / "figures.json"
     code, out, err = script("benchmark_inner_loop", "--quick", "--float64", "--json", figures)

@@ -44,6 +44,19 @@ def explicit(function: Callable[..., Any], what: str, instead: str = "in the bat
     return call
 
 
+def explicit_at_first(function: Callable[..., Any], what: str) -> Callable[..., Any]:
+    """``explicit`` for what an inner loop calls with the step's number as fourth argument, in step 0 alone.
+
+    The look costs more than a small net's step, and later steps compute with what the first did.
+    """
+    watched = explicit(function, what)
+
+    def call(*arguments: Any) -> Any:
+        return (function if arguments[3] else watched)(*arguments)
+
+    return call
+
+
 class _OnlyArguments(TorchFunctionMode):
     """Looks at every torch function that gives a result which a gradient reaches.
 

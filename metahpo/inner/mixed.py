@@ -18,7 +18,7 @@ from metahpo.errors import NetError, one_line
 from metahpo.functional.kernels import forward_mode
 from metahpo.functional.levels import under_torch_func
 from metahpo.functional.trees import Params
-from metahpo.inner.explicit import explicit
+from metahpo.inner.explicit import explicit_at_first
 from metahpo.inner.gradient import InnerLoss, Reverse
 from metahpo.inner.recompute import cut, fresh, pulled_back, recomputed, replaced
 
@@ -34,7 +34,8 @@ class Mixed:
     gives it. The loss's value and the new carry are differentiable too, in the same pass, and so is the outer gradient.
 
     The loss must get every tensor that an outer gradient should reach by ``params``, ``carry`` or ``batch``: one that
-    it captured raises NetError. It runs once more in the backward pass, with the same random numbers (dropout).
+    it captured raises NetError in step 0, the only one looked at. The loss runs once more in the backward pass, with
+    the same random numbers (dropout).
 
     form: "func" by ``torch.func``, which every engine runs; "dual" by dual numbers over ``torch.autograd.grad``, for
     nets that ``torch.func`` refuses and inside saved-tensor hooks (``torch.utils.checkpoint``, offloading), but not
@@ -63,7 +64,7 @@ class Mixed:
         def run(tree):
             tensors, carry, batch = tree
             with _refusals():
-                watched = explicit(loss, "the inner loss")
+                watched = explicit_at_first(loss, "the inner loss")
                 grads, value, new = Reverse()(watched, dict(zip(names, tensors)), carry, batch, step)
             return [grads[name] for name in names], value, new
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any, Protocol
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from metahpo.errors import NetError
 from metahpo.functional.trees import Params
-from metahpo.inner.explicit import explicit
+from metahpo.inner.explicit import explicit, explicit_at_first
 from metahpo.inner.gradient import InnerGradient, InnerLoss
 from metahpo.inner.recompute import cut, pull_by_reverse, recomputed
 from metahpo.inner.rules.base import RuleState, UpdateRule
@@ -79,7 +79,8 @@ def recomputed_steps(
 ) -> Steps:
     """``take_steps``, of which only the arguments are kept: a backward pass takes the steps again.
 
-    Raises NetError if the loss or a rule that is no module computes with a captured tensor that requires grad.
+    Raises NetError if, in step 0, the loss or a rule that is no module computes with a captured tensor that requires
+    grad.
     """
 
     def update(arguments, rates):
@@ -99,7 +100,7 @@ def recomputed_steps(
         return take_steps(loss, with_rates, gradient, start, batches, first, keep)
 
     rates = dict(rule.named_parameters()) if isinstance(rule, nn.Module) else {}
-    watched, pull = explicit(loss, "the inner loss"), pull_by_reverse(lambda tree: take(loss, update, tree))
+    watched, pull = explicit_at_first(loss, "the inner loss"), pull_by_reverse(lambda tree: take(loss, update, tree))
     return recomputed(lambda tree: take(watched, _watched(update), tree), pull, (start, batches, rates))
 
 
@@ -123,10 +124,12 @@ def _with_parameters(module: nn.Module, new: dict[int, Tensor], made: dict[int, 
 
 
 def _watched(update: Callable[..., Any]) -> Callable[..., Any]:
-    """Looked at with the tape on, where alone a captured tensor shows, and cut from it again."""
+    """In step 0 looked at with the tape on, where alone a captured tensor shows, and cut from it again."""
 
-    def call(*arguments: Any) -> Any:
+    def call(arguments: Sequence[Any], rates: Params) -> Any:
+        if arguments[3]:
+            return update(arguments, rates)
         with torch.enable_grad():
-            return cut(explicit(update, "the update rule")(*arguments))
+            return cut(explicit(update, "the update rule")(arguments, rates))
 
     return call
