@@ -98,7 +98,10 @@ class Implicit:
         ``state`` is None.
         """
         batches = list(batches)
-        rule = UpdateRule() if rule is None else rule
+        if rule is None:
+            if self.solver.system == "map":
+                raise HypergradientError(f"{type(self.solver).__name__} needs the rule, found None")
+            rule = UpdateRule()
         warnings = check_inputs(problem, rule, outer_loss, params, hparams, batches, state)
         state = state or InnerState(None, 0)
         return self._at(problem, rule, outer_loss, params, hparams, batches, state, [], warnings)

@@ -4,47 +4,16 @@ from __future__ import annotations
 
 import pytest
 import torch
-import torch.nn.functional as F
 
 from metahpo.errors import HypergradientError, NonFiniteError
 from metahpo.hypergrad import Unroll, check_hypergradient
-from metahpo.inner import SGD, Every, InnerProblem, Mixed, NoRemat, Reverse, Sqrt, rule_hparams
+from metahpo.inner import SGD, Every, InnerProblem, Mixed, NoRemat, Reverse, Sqrt
 
 EXACT = [
     Unroll(gradient, remat)
     for gradient in (Reverse(), Mixed(), Mixed("dual"))
     for remat in (NoRemat(), Every(2), Sqrt())
 ]
-
-
-def small_problem(steps: int = 5):
-    """(problem, rule, outer loss, params, hparams, batches): a two-layer net with a decay for each tensor, weighted
-    examples and its rate."""
-    generator = torch.Generator().manual_seed(0)
-
-    def draw(*shape):
-        return torch.randn(*shape, generator=generator, dtype=torch.float64)
-
-    x, y, val_x, val_y = draw(8, 3), draw(8, 2), draw(6, 3), draw(6, 2)
-    params = {"a": draw(3, 4), "b": draw(4, 2)}
-
-    def net(params, x):
-        return torch.tanh(x @ params["a"]) @ params["b"]
-
-    def loss(params, hparams, batch):
-        x, y, which = batch
-        errors = (net(params, x) - y).square().mean(1)
-        decay = sum(hparams["decay"][i].exp() * p.square().sum() for i, p in enumerate(params.values()))
-        return (torch.sigmoid(hparams["weights"][which]) * errors).mean() + decay
-
-    def outer_loss(params, hparams):
-        return F.mse_loss(net(params, val_x), val_y) + 0.01 * hparams["decay"].square().sum()
-
-    rule = SGD(0.1).double()
-    hparams = {"decay": draw(2) - 3, "weights": draw(8), **rule_hparams(rule)}
-    chosen = [torch.randperm(8, generator=generator)[:4] for _ in range(steps)]
-    batches = [(x[which], y[which], which) for which in chosen]
-    return InnerProblem(loss), rule, outer_loss, params, hparams, batches
 
 
 def value_at(hparams, given):
@@ -54,7 +23,7 @@ def value_at(hparams, given):
     return float(outer_loss(end.params, {n: h for n, h in hparams.items() if not n.startswith("rule.")}))
 
 
-def test_equals_finite_differences_in_every_hyperparameter():
+def test_equals_finite_differences_in_every_hyperparameter(small_problem):
     given = small_problem()
     hparams = given[4]
     found = Unroll()(*given)
@@ -69,7 +38,7 @@ def test_equals_finite_differences_in_every_hyperparameter():
 
 
 @pytest.mark.parametrize("strategy", EXACT[1:], ids=str)
-def test_every_exact_unrolling_gives_the_same(strategy):
+def test_every_exact_unrolling_gives_the_same(strategy, small_problem):
     comparison = check_hypergradient(strategy, *small_problem(7))
     assert comparison.relative_error < 1e-10
     assert comparison.cosine == pytest.approx(1)
@@ -92,7 +61,7 @@ def test_a_single_rate_on_a_quadratic_has_its_closed_form():
 
 
 @pytest.mark.parametrize("remat", [NoRemat(), Sqrt()], ids=str)
-def test_goes_on_from_its_state(remat):
+def test_goes_on_from_its_state(remat, small_problem):
     problem, rule, outer_loss, params, hparams, batches = small_problem(6)
     whole = Unroll(truncate=3)(problem, rule, outer_loss, params, hparams, batches)
     first = Unroll()(problem, rule, outer_loss, params, hparams, batches[:3])
@@ -104,14 +73,14 @@ def test_goes_on_from_its_state(remat):
     assert not torch.allclose(exact.grads["rule.lr"], whole.grads["rule.lr"], rtol=0.01)
 
 
-def test_what_nothing_uses_is_told_and_what_the_rule_uses_is_not():
+def test_what_nothing_uses_is_told_and_what_the_rule_uses_is_not(small_problem):
     problem, rule, outer_loss, params, hparams, batches = small_problem()
     found = Unroll()(problem, rule, outer_loss, params, {**hparams, "idle": torch.ones(2)}, batches)
     assert [line.partition(":")[0] for line in found.warnings] == ["hyperparameter 'idle'"]
     torch.testing.assert_close(found.grads["idle"], torch.zeros(2))
 
 
-def test_refuses_what_would_be_silently_wrong():
+def test_refuses_what_would_be_silently_wrong(small_problem):
     problem, rule, outer_loss, params, hparams, batches = small_problem()
 
     def fails(match, *, loss=problem.loss, rule=rule, outer=outer_loss, hparams=hparams, batches=batches):
@@ -131,7 +100,7 @@ def test_refuses_what_would_be_silently_wrong():
     fails("batches: found none", batches=[])
 
 
-def test_a_training_that_diverges_is_told_with_its_step():
+def test_a_training_that_diverges_is_told_with_its_step(small_problem):
     _, rule, _, params, _, _ = small_problem()
     problem = InnerProblem(lambda p, h, b: sum(q.pow(4).sum() for q in p.values()))
     outer_loss = lambda p, h: p["a"].sum()  # noqa: E731
