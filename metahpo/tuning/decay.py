@@ -89,7 +89,6 @@ class DecayTuner(Tuner):
         self.outer = torch.optim.Adam(self.logs.values(), settings.decay_lr)
         self.problem = InnerProblem(self._inner_loss)
         self.residuals: list[float] = []
-        self._checked = False
 
     def step(self) -> Row:
         s = self.settings
@@ -134,12 +133,11 @@ class DecayTuner(Tuner):
             out, _ = self.module.apply_with(params, self.buffers, val_batch.x, training=False)
             return self.loss(out, val_batch.y)
 
-        # The first call looks for what would be silently wrong.
-        state = InnerState(None, 0) if self._checked else None
+        # With a state there is no look for what would be silently wrong: the losses are not the user's, and it would
+        # cost as much as a step and draw random numbers.
         found = Implicit(series, warm_start=False).hypergradient_at(
-            self.problem, None, outer_loss, self.params, self.logs, [batch], state
+            self.problem, None, outer_loss, self.params, self.logs, [batch], InnerState(None, 0)
         )
-        self._checked = True
         for name, h in self.logs.items():
             h.grad = found.grads[name]
         self.outer.step()

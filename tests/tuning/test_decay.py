@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from itertools import pairwise
 
 import pytest
 import torch
@@ -11,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from metahpo.errors import ConfigError, DataError, NetError, NonFiniteError
-from metahpo.tuning import tune_decay
+from metahpo.tuning import base, tune_decay
 from metahpo.tuning.decay import DECAY, DecayTuner
 from metahpo.tuning.settings import DecaySettings
 
@@ -38,9 +37,9 @@ def tuner(net=None, *, train=None, val=None, **settings) -> DecayTuner:
 def test_moves_the_decays_by_the_dense_implicit_gradient(by):
     """With the whole sets as batches and a long series: v = H^-1 g with H formed by torch.func.hessian."""
     net, train, val = small_net(), small_data(20, 0), small_data(16, 1)
-    options = {"steps": 40, "every": 40, "batch": 20, "val_batch": 16, "lr": 0.05, "decay": 0.3, "max_decay": 1.0}
-    one = tuner(net, train=train, val=val, by=by, terms=120, scale=0.7, **options)
-    one._train(40)
+    options = {"steps": 100, "every": 100, "batch": 20, "val_batch": 16, "lr": 0.05, "decay": 0.3, "max_decay": 1.0}
+    one = tuner(net, train=train, val=val, by=by, terms=300, scale=0.5, **options)
+    one._train(100)
     shapes = {name: p.shape for name, p in one.params.items()}
 
     def unflat(w):
@@ -100,49 +99,39 @@ def test_the_result_carries_the_tuned_net_and_its_decays():
     net = nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Tanh(), nn.Linear(5, 2)).double()
     before = copy.deepcopy(net.state_dict())
     given = small_data(20, 0), small_data(16, 1)
-    found = tune_decay(net, F.cross_entropy, *given, by="layer", steps=60, every=3, lr=0.05)
+    found = tune_decay(net, F.cross_entropy, *given, by="layer", steps=30, every=3, lr=0.05)
     assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
-    x, y = given[1]
+    x = given[1][0]
     other = copy.deepcopy(net).eval()
     found.load_into(other)
     torch.testing.assert_close(other(x), found.net(x))
-    assert F.cross_entropy(other(x), y) < 0.8 * F.cross_entropy(net.eval()(x), y)
+    assert (
+        base.test(other, F.cross_entropy, *given[0])["loss"] < 0.5 * base.test(net, F.cross_entropy, *given[0])["loss"]
+    )
     # Running statistics came along: they are those of the tuned net's activations.
     mean = other[0](given[0][0]).mean(0)
-    assert (other[1].running_mean - mean).norm() < 0.3 * (mean - before["1.running_mean"]).norm()
+    assert (other[1].running_mean - mean).norm() < 0.5 * (mean - before["1.running_mean"]).norm()
     groups = found.param_groups(other)
     assert [g["weight_decay"] for g in groups] == [float(d) for d in found.decays.values()]
     assert len(found.table().splitlines()) == 2 + 6
     assert set(found.pictures()) == {"decays", "curves"}
     assert found.tensors()["log_decays"].keys() == dict(net.named_parameters()).keys()
     assert len(found.warnings) == 1 and "relative residual" in found.warnings[0]
-    with pytest.raises(NetError, match="'0.bias'|'weight'|'bias'"):
+    with pytest.raises(NetError, match="only .* has a trainable parameter"):
         found.param_groups(nn.Linear(4, 2))
 
 
-def test_decays_fit_the_validation_set_and_stay_below_their_bound():
+@pytest.mark.parametrize("by", BY)
+def test_decays_lower_the_validation_loss_and_stay_below_their_bound(by):
     train, val = small_data(10, 0), small_data(16, 1)
-    val = val[0], 1 - val[1]  # Against what the training says.
-    losses = []
-    for by in BY:
-        one = tuner(train=train, val=val, by=by, steps=300, every=2, lr=0.02, decay=1e-3, max_decay=0.5)
-        found = one.run()
-        losses.append(found.history[-1]["val_loss"])
-        assert max(float(d.max()) for d in found.decays.values()) <= 0.5 * (1 + 1e-12)
-    assert all(more < less + 1e-3 for less, more in pairwise(losses)), losses
-    assert losses[-1] < 0.7
-
-
-def test_compares_with_the_untuned_decays():
-    one = tuner(steps=30)
-    one.run()
-    rows = one.compare(*small_data(30, 2))
+    one = tuner(train=train, val=val, by=by, steps=90, lr=0.05, batch=10, val_batch=16, max_decay=0.5)
+    found = one.run()
+    assert 0.3 < max(float(d.max()) for d in found.decays.values()) <= 0.5 * (1 + 1e-12)
+    rows = one.compare(*val)
     assert list(rows) == ["tuned", "retrained", "untuned"]
-    assert all(set(row) == {"loss", "accuracy"} for row in rows.values())
-    assert rows["retrained"] != rows["untuned"]
-    with torch.no_grad():
-        x, y = small_data(30, 2)
-        assert rows["tuned"]["loss"] == pytest.approx(float(F.cross_entropy(one.result().net(x), y)))
+    assert rows["tuned"]["loss"] < 0.9 * rows["untuned"]["loss"]
+    assert rows["retrained"]["loss"] < 0.9 * rows["untuned"]["loss"]
+    assert rows["tuned"]["loss"] == pytest.approx(base.test(found.net, F.cross_entropy, *val)["loss"])
 
 
 def test_refuses_bad_input_in_one_line():
@@ -157,10 +146,12 @@ def test_refuses_bad_input_in_one_line():
 
     fails(ConfigError, "by: should be 'all', 'layer' or 'parameter', found 'layers'", by="layers")
     fails(ConfigError, "no setting 'step'; did you mean 'steps'", **{"step": 3})
-    fails(DataError, "train: 1 of 20 examples hold NaN or infinite values, the first is number 7", train=(nan, train[1]))
+    fails(
+        DataError, "train: 1 of 20 examples hold NaN or infinite values, the first is number 7", train=(nan, train[1])
+    )
     fails(DataError, "val: found label 3, but Sequential has 2 outputs", val=(val[0], val[1] + 2))
     fails(DataError, "val: found 0 examples", val=(val[0][:0], val[1][:0]))
     fails(NetError, r"val: Sequential cannot take examples \[3\]", val=(val[0][:, :3], val[1]))
     fails(NonFiniteError, "the training diverged: its mean loss is .* lower lr", lr=1e200, steps=20)
-    with pytest.raises(NetError, match="torch.optim has no decay by parameter"):
+    with pytest.raises(NetError, match=r"torch\.optim has no decay by parameter"):
         tuner(by="parameter").result().param_groups(small_net())
