@@ -1,0 +1,157 @@
+"""Weight decay by gradient: its gradient, its twin in torch.optim, its state, and what it refuses."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from metahpo.errors import ConfigError, DataError, NetError, NonFiniteError
+from metahpo.tuning import base, tune_decay
+from metahpo.tuning.decay import DECAY, DecayTuner
+from metahpo.tuning.settings import DecaySettings
+
+BY = ["all", "layer", "parameter"]
+
+
+def small_data(count: int, seed: int):
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(count, 4, generator=generator, dtype=torch.float64)
+    return x, (x[:, 0] + x[:, 1] > 0).long()
+
+
+def small_net() -> nn.Module:
+    return nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 2)).double()
+
+
+def tuner(net=None, *, train=None, val=None, **settings) -> DecayTuner:
+    settings = {"steps": 12, "every": 3, "batch": 6, "val_batch": 8, **settings}
+    given = train or small_data(20, 0), val or small_data(16, 1)
+    return DecayTuner(net or small_net(), F.cross_entropy, *given, DecaySettings(**settings))
+
+
+@pytest.mark.parametrize("by", BY)
+def test_moves_the_decays_by_the_dense_implicit_gradient(by):
+    """With the whole sets as batches and a long series: v = H^-1 g with H formed by torch.func.hessian."""
+    net, train, val = small_net(), small_data(20, 0), small_data(16, 1)
+    options = {"steps": 100, "every": 100, "batch": 20, "val_batch": 16, "lr": 0.05, "decay": 0.3, "max_decay": 1.0}
+    one = tuner(net, train=train, val=val, by=by, terms=300, scale=0.5, **options)
+    one._train(100)
+    shapes = {name: p.shape for name, p in one.params.items()}
+
+    def unflat(w):
+        parts = w.split([s.numel() for s in shapes.values()])
+        return {name: part.view(s) for part, (name, s) in zip(parts, shapes.items())}
+
+    def loss(w, data):
+        return F.cross_entropy(torch.func.functional_call(net, unflat(w), (data[0],)), data[1])
+
+    w = torch.cat([p.detach().flatten() for p in one.params.values()])
+    hessian = torch.func.hessian(lambda w: loss(w, train) + 0.15 * w.square().sum())(w)
+    v = torch.linalg.solve(hessian, torch.func.grad(loss)(w, val))
+    expected = unflat(-0.3 * w * v)
+    one._update_decays()
+    sums = {name: e if by == "parameter" else e.sum() for name, e in expected.items()}
+    sums = {"all": sum(sums.values())} if by == "all" else sums
+    for name, e in sums.items():
+        torch.testing.assert_close(one.logs[DECAY + name].grad, e, rtol=1e-6, atol=1e-9)
+    assert not one.result().warnings
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "sgd"])
+def test_trains_as_torch_optim_with_that_weight_decay(optimizer):
+    net, train = small_net(), small_data(20, 0)
+    one = tuner(net, train=train, by="layer", batch=20, steps=10, every=10, lr=0.05, optimizer=optimizer, decay=0.1)
+    one._train(10)
+    twin = copy.deepcopy(net)
+    kind = {"adam": torch.optim.Adam, "sgd": lambda p, **k: torch.optim.SGD(p, momentum=0.9, **k)}[optimizer]
+    plain = kind(one.result().param_groups(twin), lr=0.05)
+    assert [group["weight_decay"] for group in plain.param_groups] == pytest.approx([0.1] * 4)
+    for _ in range(10):
+        plain.zero_grad()
+        F.cross_entropy(twin(train[0]), train[1]).backward()
+        plain.step()
+    torch.testing.assert_close(dict(one.params), dict(twin.named_parameters()), rtol=1e-10, atol=1e-12)
+    assert not torch.equal(twin[0].weight, net[0].weight)
+
+
+@pytest.mark.parametrize("by", BY)
+def test_goes_on_from_its_state_bit_for_bit(by):
+    net = nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Dropout(0.3), nn.Linear(5, 2)).double()
+    whole, first, second = (tuner(net, by=by) for _ in range(3))
+    whole.run()
+    first.run(2)
+    torch.rand(5)
+    second.load_state_dict(first.state_dict())
+    second.run()
+    assert second.history == whole.history
+    for name, value in whole.result().net.state_dict().items():
+        assert torch.equal(second.result().net.state_dict()[name], value), name
+    for name, value in whole.logs.items():
+        assert torch.equal(second.logs[name], value)
+        assert not torch.equal(value, torch.full_like(value, 1e-4).log())
+
+
+def test_the_result_carries_the_tuned_net_and_its_decays():
+    net = nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Tanh(), nn.Linear(5, 2)).double()
+    before = copy.deepcopy(net.state_dict())
+    given = small_data(20, 0), small_data(16, 1)
+    found = tune_decay(net, F.cross_entropy, *given, by="layer", steps=30, every=3, lr=0.05)
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+    x = given[1][0]
+    other = copy.deepcopy(net).eval()
+    found.load_into(other)
+    torch.testing.assert_close(other(x), found.net(x))
+    assert (
+        base.test(other, F.cross_entropy, *given[0])["loss"] < 0.5 * base.test(net, F.cross_entropy, *given[0])["loss"]
+    )
+    # Running statistics came along: they are those of the tuned net's activations.
+    mean = other[0](given[0][0]).mean(0)
+    assert (other[1].running_mean - mean).norm() < 0.5 * (mean - before["1.running_mean"]).norm()
+    groups = found.param_groups(other)
+    assert [g["weight_decay"] for g in groups] == [float(d) for d in found.decays.values()]
+    assert len(found.table().splitlines()) == 2 + 6
+    assert set(found.pictures()) == {"decays", "curves"}
+    assert found.tensors()["log_decays"].keys() == dict(net.named_parameters()).keys()
+    assert len(found.warnings) == 1 and "relative residual" in found.warnings[0]
+    with pytest.raises(NetError, match="only .* has a trainable parameter"):
+        found.param_groups(nn.Linear(4, 2))
+
+
+@pytest.mark.parametrize("by", BY)
+def test_decays_lower_the_validation_loss_and_stay_below_their_bound(by):
+    train, val = small_data(10, 0), small_data(16, 1)
+    one = tuner(train=train, val=val, by=by, steps=90, lr=0.05, batch=10, val_batch=16, max_decay=0.5)
+    found = one.run()
+    assert 0.3 < max(float(d.max()) for d in found.decays.values()) <= 0.5 * (1 + 1e-12)
+    rows = one.compare(*val)
+    assert list(rows) == ["tuned", "retrained", "untuned"]
+    assert rows["tuned"]["loss"] < 0.9 * rows["untuned"]["loss"]
+    assert rows["retrained"]["loss"] < 0.9 * rows["untuned"]["loss"]
+    assert rows["tuned"]["loss"] == pytest.approx(base.test(found.net, F.cross_entropy, *val)["loss"])
+
+
+def test_refuses_bad_input_in_one_line():
+    train, val = small_data(20, 0), small_data(16, 1)
+    nan = train[0].clone()
+    nan[7, 2] = float("nan")
+
+    def fails(error, match, net=None, train=train, val=val, **settings):
+        with pytest.raises(error, match=match) as caught:
+            tune_decay(net or small_net(), F.cross_entropy, train, val, **{"steps": 4, **settings})
+        assert "\n" not in str(caught.value)
+
+    fails(ConfigError, "by: should be 'all', 'layer' or 'parameter', found 'layers'", by="layers")
+    fails(ConfigError, "no setting 'step'; did you mean 'steps'", **{"step": 3})
+    fails(
+        DataError, "train: 1 of 20 examples hold NaN or infinite values, the first is number 7", train=(nan, train[1])
+    )
+    fails(DataError, "val: found label 3, but Sequential has 2 outputs", val=(val[0], val[1] + 2))
+    fails(DataError, "val: found 0 examples", val=(val[0][:0], val[1][:0]))
+    fails(NetError, r"val: Sequential cannot take examples \[3\]", val=(val[0][:, :3], val[1]))
+    fails(NonFiniteError, "the training diverged: its mean loss is .* lower lr", lr=1e200, steps=20)
+    with pytest.raises(NetError, match=r"torch\.optim has no decay by parameter"):
+        tuner(by="parameter").result().param_groups(small_net())
