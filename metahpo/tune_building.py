@@ -15,7 +15,10 @@ from metahpo.training.environment import seeded
 from metahpo.training.settings import device_of
 from metahpo.tune_config import CustomData, DigitsSettings, TuneConfig
 from metahpo.tuning.base import Tuner
+from metahpo.tuning.cleaning import CleaningTuner
 from metahpo.tuning.data import Labelled, Loader, labelled, load_digits, load_torchvision, with_wrong_labels
+from metahpo.tuning.decay import DecayTuner
+from metahpo.tuning.distillation import DistillationTuner
 from metahpo.tuning.rates import RatesTuner
 
 Data = dict[str, Labelled]
@@ -84,4 +87,21 @@ def _rates(net: nn.Module, data: Data, settings: Any) -> Tuner:
     return RatesTuner(net, loss_of(data), train, val, settings)
 
 
-MAKERS: dict[str, Callable[[nn.Module, Data, Any], Tuner]] = {"rates": _rates}
+def _decay(net: nn.Module, data: Data, settings: Any) -> Tuner:
+    return DecayTuner(net, loss_of(data), data["train"], data["val"], settings)
+
+
+def _clean(net: nn.Module, data: Data, settings: Any) -> Tuner:
+    return CleaningTuner(data["train"], data["val"], net, settings)
+
+
+def _distill(net: nn.Module, data: Data, settings: Any) -> Tuner:
+    return DistillationTuner(data["train"], net, settings, data["val"])
+
+
+MAKERS: dict[str, Callable[[nn.Module, Data, Any], Tuner]] = {
+    "rates": _rates,
+    "decay": _decay,
+    "clean": _clean,
+    "distill": _distill,
+}

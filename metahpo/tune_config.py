@@ -9,7 +9,9 @@ from pydantic import Field, Tag, create_model
 
 from metahpo.config import Conv4Settings, CustomName, CustomNet, MLPSettings, ResNet12Settings, Schema, tag
 from metahpo.training.settings import DeviceName, Settings
+from metahpo.tuning.distillation_settings import DistillationSettings
 from metahpo.tuning.rates import RatesSettings
+from metahpo.tuning.settings import CleaningSettings, DecaySettings
 
 
 class SplitSettings(Settings):
@@ -103,7 +105,12 @@ class TuneConfig(Settings):
 
 
 # The settings of each kind, under its config's key "tune".
-KINDS: dict[str, type[Settings]] = {"rates": RatesSettings}
+KINDS: dict[str, type[Settings]] = {
+    "rates": RatesSettings,
+    "decay": DecaySettings,
+    "clean": CleaningSettings,
+    "distill": DistillationSettings,
+}
 
 
 def _schema(kind: str) -> Schema:
