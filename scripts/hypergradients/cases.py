@@ -40,7 +40,7 @@ CASES: dict[str, Case] = {
     "Unroll(Reverse(), Sqrt())": Case(Unroll(Reverse(), Sqrt()), exact=True),
     "Unroll(Mixed())": Case(Unroll(Mixed()), exact=True),
     "Unroll(Mixed(), Sqrt())": Case(Unroll(Mixed(), Sqrt()), exact=True),
-    "Unroll(Mixed('dual'), Sqrt())": Case(Unroll(Mixed("dual"), Sqrt()), exact=True),
+    "Unroll(Mixed('func'), Sqrt())": Case(Unroll(Mixed("func"), Sqrt()), exact=True),
     "Unroll(truncate=10)": Case(Unroll(truncate=10), note="biased: sees what pays off in 10 steps"),
     "Forward()": Case(Forward(), exact=True),
     "Implicit(CG)": Case(Implicit(CG(20, damping=0.01)), note=AT_MINIMUM, own=False),
