@@ -40,7 +40,7 @@ CASES: dict[str, Case] = {
     "Unroll(Reverse(), Sqrt())": Case(Unroll(Reverse(), Sqrt()), exact=True),
     "Unroll(Mixed())": Case(Unroll(Mixed()), exact=True),
     "Unroll(Mixed(), Sqrt())": Case(Unroll(Mixed(), Sqrt()), exact=True),
-    "Unroll(Mixed('dual'), Sqrt())": Case(Unroll(Mixed("dual"), Sqrt()), exact=True),
+    "Unroll(Mixed('func'), Sqrt())": Case(Unroll(Mixed("func"), Sqrt()), exact=True),
     "Unroll(truncate=10)": Case(Unroll(truncate=10), note="biased: sees what pays off in 10 steps"),
     "Forward()": Case(Forward(), exact=True),
     "Implicit(CG)": Case(Implicit(CG(20, damping=0.01)), note=AT_MINIMUM, own=False),
@@ -50,11 +50,11 @@ CASES: dict[str, Case] = {
 }
 # Equal to Unroll(Reverse()) to 1e-10 in float64, which the tests show, in a fraction of its memory.
 REFERENCE = "Unroll(Reverse(), Sqrt())"
-BATCH = 256
+BATCH = 512
 
 
 def problem(steps: int, quick: bool, dtype: torch.dtype) -> tuple:
-    """The arguments of a strategy: a tanh MLP 64-256-256-10 on batches of 256 of the digits' training half (quick:
+    """The arguments of a strategy: a tanh MLP 64-256-256-10 on batches of 512 of the digits' training half (quick:
     64-32-10 on 64), with one log decay for each weight matrix and the rate; the outer loss is the other half's."""
     images, labels = map(torch.as_tensor, load_digits(return_X_y=True))
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))

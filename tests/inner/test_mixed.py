@@ -207,8 +207,9 @@ def test_saved_tensor_hooks_need_the_dual_form():
     for remat in (NoRemat(), Sqrt()):
         with torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t):
             with pytest.raises(NetError, match=r"saved-tensor hooks .*choose Mixed\(form='dual'\)"):
-                torch.autograd.grad(run(Mixed()), w)
+                torch.autograd.grad(run(Mixed("func")), w)
             found = torch.autograd.grad(run(Mixed("dual"), remat), w)
+            assert torch.equal(torch.autograd.grad(run(Mixed()), w)[0], found[0])
         torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
     found = torch.autograd.grad(torch.utils.checkpoint.checkpoint(run, Mixed("dual"), use_reentrant=False), w)
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
