@@ -99,6 +99,8 @@ def _finish(run_dir: Path, tuner: Any, result: Any, data: Any) -> None:
     torch.save(result.tensors(), buffer)
     write_atomically(run_dir / "result.pt", buffer.getvalue())
     rows = tuner.compare(data["test"].x, data["test"].y)
+    if "clean" in data and hasattr(result, "against"):
+        rows["suspected, against the labels made wrong"] = result.against(data["train"].y != data["clean"].y)
     write_atomically(
         run_dir / "test.json", json.dumps({"examples": len(data["test"].x), "rows": rows}, indent=2).encode()
     )
@@ -106,7 +108,7 @@ def _finish(run_dir: Path, tuner: Any, result: Any, data: Any) -> None:
         print(f"warning: {line}")
     print(f"{len(data['test'].x)} test examples:")
     for name, row in rows.items():
-        print(f"  {name:28} {', '.join(f'{key} {_figure(key, value)}' for key, value in row.items())}")
+        print(f"  {name:40} {', '.join(f'{key} {_figure(key, value)}' for key, value in row.items())}")
     print(f"report: {write_tuning_report(run_dir, result, tuner.title)}")
 
 
@@ -118,4 +120,4 @@ def _line(row: dict[str, float], total: int) -> str:
 
 
 def _figure(key: str, value: float) -> str:
-    return f"{value:.1%}" if "accuracy" in key else f"{value:.4g}"
+    return f"{value:.1%}" if "accuracy" in key or key in ("f1", "precision", "recall") else f"{value:.4g}"

@@ -143,9 +143,7 @@ def prove_clean(quick: bool, seeds: int) -> list[Row]:
         found = tuner.run()
         seconds, low = time.perf_counter() - started, torch.zeros_like(wrong)
         low[found.suspected] = True  # type: ignore[attr-defined]
-        hits, told = int((low & wrong).sum()), int(low.sum())
-        row = {"precision": hits / max(told, 1), "recall": hits / int(wrong.sum()), "seconds": seconds}
-        row["f1"] = 2 * hits / (told + int(wrong.sum()))
+        row = {**found.against(wrong), "seconds": seconds}  # type: ignore[attr-defined]
         parts = {
             "kept": given.select(~low),
             "clean ones": given.select(~wrong),

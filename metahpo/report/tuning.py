@@ -26,7 +26,9 @@ def write_tuning_report(run_dir: str | Path, result: Any, title: str) -> Path:
         raise DataError(f"{run_dir / 'metrics.csv'}: found no row; a report needs a run with at least one outer step")
     folder = run_dir / "report"
     folder.mkdir(exist_ok=True)
-    figures = {**result.pictures(), "progress": draw_progress(history)}
+    figures = result.pictures()
+    if not {"curves", "loss"} & set(figures):
+        figures["progress"] = draw_progress(history)
     for name, figure in figures.items():
         figure.savefig(folder / f"{name}.png")
     test, found = read_json(run_dir / "test.json"), read_json(run_dir / "versions.json")
@@ -76,4 +78,4 @@ def _test_table(test: Mapping[str, Any]) -> str:
 
 
 def _cell(key: str, value: float) -> str:
-    return f"{value:.1%}" if "accuracy" in key else f"{value:.4g}"
+    return f"{value:.1%}" if "accuracy" in key or key in ("f1", "precision", "recall") else f"{value:.4g}"

@@ -50,6 +50,13 @@ class Cleaned:
             )
         return Subset(dataset, self.kept.tolist())
 
+    def against(self, wrong: Tensor) -> Row:
+        """How well the suspected are the ``wrong`` ones (bool [N], where these are known): f1, precision, recall."""
+        found = self.weights < self.threshold
+        wrong = wrong.to(found.device)
+        hits, told, there = (int(each.sum()) for each in (found & wrong, found, wrong))
+        return {"f1": 2 * hits / max(told + there, 1), "precision": hits / max(told, 1), "recall": hits / max(there, 1)}
+
     def table(self) -> str:
         """By label how many examples are suspected, then the most suspected ones."""
         lines = ["| label | examples | suspected | share |", "| --- | --- | --- | --- |"]
@@ -100,7 +107,7 @@ class Cleaned:
         shown = self.suspected[:_SHOWN].tolist()
         rows = -(-len(shown) // 10)
         figure = Figure(figsize=(10, 0.4 + 1.3 * rows), dpi=100, layout="constrained")
-        axes = figure.subplots(rows, 10, squeeze=False).flat
+        axes = list(figure.subplots(rows, 10, squeeze=False).flat)
         for axis in axes:
             axis.set_axis_off()
         for axis, index in zip(axes, shown):

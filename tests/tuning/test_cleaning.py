@@ -92,7 +92,9 @@ def test_goes_on_from_its_state_bit_for_bit():
 def test_images_are_shown():
     x, y = torch.rand(24, 1, 4, 4), torch.arange(24) % 2
     found = clean((x, y), (torch.rand(8, 1, 4, 4), torch.arange(8) % 2), iterations=3, steps=2)
-    assert set(found.pictures()) == {"weights", "curves", "suspected"}
+    pictures = found.pictures()
+    assert set(pictures) == {"weights", "curves", "suspected"}
+    assert sum(len(axis.images) for axis in pictures["suspected"].axes) == min(len(found.suspected), 40)
     assert set(found.tensors()) == {"weights", "suspected", "threshold"}
 
 

@@ -117,7 +117,7 @@ def test_the_result_carries_the_tuned_net_and_its_decays():
     assert set(found.pictures()) == {"decays", "curves"}
     assert found.tensors()["log_decays"].keys() == dict(net.named_parameters()).keys()
     assert len(found.warnings) == 1 and "relative residual" in found.warnings[0]
-    with pytest.raises(NetError, match="only .* has a trainable parameter"):
+    with pytest.raises(NetError, match=r"only .* has a trainable parameter"):
         found.param_groups(nn.Linear(4, 2))
 
 
