@@ -56,7 +56,7 @@ def test_every_strategy_is_measured_and_the_exact_ones_are_exact(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     result = json.loads(figures.read_text())
     assert result["left_out"] == []
-    keys = {"strategy", "steps", "seconds", "cpu_seconds", "peak_bytes", "relative_error", "note"}
+    keys = {"net", "strategy", "steps", "seconds", "cpu_seconds", "peak_bytes", "relative_error", "note"}
     assert all(set(row) == keys and row["seconds"] > 0 for row in result["rows"])
     errors = {(row["strategy"], row["steps"]): row["relative_error"] for row in result["rows"]}
     assert len(errors) == len(result["rows"]) == 2 * len({name for name, _ in errors})

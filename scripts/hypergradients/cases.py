@@ -50,17 +50,19 @@ CASES: dict[str, Case] = {
 }
 # Equal to Unroll(Reverse()) to 1e-10 in float64, which the tests show, in a fraction of its memory.
 REFERENCE = "Unroll(Reverse(), Sqrt())"
-BATCH = 512
+# Widths of the layers and the batch: one whose steps are over before Python has asked for the next, for long trainings,
+# and one whose steps are arithmetic.
+NETS = {"small": ((64, 32, 10), 64), "large": ((64, 512, 512, 10), 512)}
 
 
-def problem(steps: int, quick: bool, dtype: torch.dtype) -> tuple:
-    """The arguments of a strategy: a tanh MLP 64-256-256-10 on batches of 512 of the digits' training half (quick:
-    64-32-10 on 64), with one log decay for each weight matrix and the rate; the outer loss is the other half's."""
+def problem(net_name: str, steps: int, dtype: torch.dtype) -> tuple:
+    """The arguments of a strategy: a tanh MLP on batches of the digits' training half, with one log decay for each
+    weight matrix and the rate; the outer loss is the other half's."""
     images, labels = map(torch.as_tensor, load_digits(return_X_y=True))
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
     x, y = (images / 16).to(dtype)[order], labels[order]
     half = len(x) // 2
-    sizes, size = ((64, 32, 10), 64) if quick else ((64, 256, 256, 10), BATCH)
+    sizes, size = NETS[net_name]
     generator = torch.Generator().manual_seed(1)
     params: Params = {}
     for i, (fan_in, fan_out) in enumerate(pairwise(sizes)):
@@ -89,13 +91,13 @@ def problem(steps: int, quick: bool, dtype: torch.dtype) -> tuple:
     return InnerProblem(loss), rule, outer_loss, params, hparams, [data[step % 8] for step in range(steps)]
 
 
-def in_a_process(name: str, steps: int, quick: bool, double: bool, limit: float) -> dict[str, Any]:
+def in_a_process(net: str, name: str, steps: int, double: bool, limit: float) -> dict[str, Any]:
     """{seconds, cpu_seconds, peak_bytes, grads} of a strategy, or {left_out: why}; ``limit`` in seconds."""
     context = multiprocessing.get_context("forkserver")
     # The server computes nothing, so its copies start without threads and with all modules loaded.
     context.set_forkserver_preload(["hypergradients.cases"])
     answers = context.Queue()
-    child = context.Process(target=_answer, args=(answers, name, steps, quick, double), daemon=True)
+    child = context.Process(target=_answer, args=(answers, net, name, steps, double), daemon=True)
     child.start()
     deadline = time.monotonic() + limit
     try:
@@ -112,9 +114,9 @@ def in_a_process(name: str, steps: int, quick: bool, double: bool, limit: float)
         child.join()
 
 
-def measure(name: str, steps: int, quick: bool, double: bool) -> dict[str, Any]:
+def measure(net: str, name: str, steps: int, double: bool) -> dict[str, Any]:
     """The same in this process, without a limit."""
-    given = problem(steps, quick, torch.float64 if double else torch.float32)
+    given = problem(net, steps, torch.float64 if double else torch.float32)
     strategy = CASES[name].strategy
 
     def work() -> tuple[Hypergradient, float]:
@@ -131,5 +133,5 @@ def measure(name: str, steps: int, quick: bool, double: bool) -> dict[str, Any]:
     return {"seconds": seconds, "cpu_seconds": cpu, "peak_bytes": peak, "grads": grads}
 
 
-def _answer(answers: Any, name: str, steps: int, quick: bool, double: bool) -> None:
-    answers.put(measure(name, steps, quick, double))
+def _answer(answers: Any, net: str, name: str, steps: int, double: bool) -> None:
+    answers.put(measure(net, name, steps, double))
