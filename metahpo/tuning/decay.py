@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
@@ -143,7 +144,7 @@ class DecayTuner(Tuner):
         self.outer.step()
         with torch.no_grad():
             for h in self.logs.values():
-                h.clamp_(max=torch.tensor(self.settings.max_decay).log().item())
+                h.clamp_(max=math.log(self.settings.max_decay))
         return float(series.residual), float(found.value)
 
     def _inner_loss(self, params: Params, hparams: Params, batch: Labelled) -> Tensor:
