@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from metahpo.errors import NonFiniteError
+from metahpo.errors import NetError, NonFiniteError
 from metahpo.functional.module import FunctionalModule
 from metahpo.functional.trees import Params
 from metahpo.hypergrad.base import InnerState
@@ -109,6 +109,8 @@ class DecayTuner(Tuner):
             x, y = _draw(self.train, self.settings.batch)
             out, self.buffers = self.module.apply_with(self.params, self.buffers, x)
             value = self.loss(out, y)
+            if value.dim():
+                raise NetError(f"loss gave a tensor {list(value.shape)}, expected a scalar; take its mean")
             grads = torch.autograd.grad(value, params, materialize_grads=True)
             with torch.no_grad():
                 for p, grad, decay in zip(params, grads, decays):

@@ -155,5 +155,7 @@ def test_refuses_bad_input_in_one_line():
     fails(DataError, "val: found 0 examples", val=(val[0][:0], val[1][:0]))
     fails(NetError, r"val: Sequential cannot take examples \[3\]", val=(val[0][:, :3], val[1]))
     fails(NonFiniteError, "the training diverged: its mean loss is .* lower lr", lr=1e200, steps=20)
+    with pytest.raises(NetError, match=r"loss gave a tensor \[20, 2\], expected a scalar"):
+        tune_decay(small_net(), lambda out, y: out, train, val)
     with pytest.raises(NetError, match=r"torch\.optim has no decay by parameter"):
         tuner(by="parameter").result().param_groups(small_net())
