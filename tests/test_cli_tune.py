@@ -55,6 +55,10 @@ def test_a_stopped_run_goes_on_to_the_same_end(kind, tmp_path, capsys):
     assert "is not a run directory" in capsys.readouterr().err
 
 
+def test_each_kind_has_a_config():
+    assert {path.stem for path in CONFIGS.glob("*.yaml")} == set(SCHEMAS)
+
+
 @pytest.mark.parametrize("kind", SCHEMAS)
 def test_every_shipped_config_of_a_kind_loads_and_round_trips(kind, tmp_path, capsys):
     config = load_config(CONFIGS / f"{kind}.yaml", schema=SCHEMAS[kind])

@@ -72,6 +72,21 @@ def test_every_strategy_is_measured_and_the_exact_ones_are_exact(tmp_path):
     assert bad.stderr.count("\n") == 1
 
 
+def test_the_proofs_of_tuning_run(tmp_path):
+    figures = tmp_path / "figures.json"
+    command = [sys.executable, SCRIPTS / "prove_tuning.py", "--quick", "--json", figures]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = json.loads(figures.read_text())["rows"]
+    decays = [row["name"] for row in rows if row["what"] == "decay"]
+    assert decays == ["single"] * 3 + ["by parameter", "best single, train + val"]
+    tuned, untuned = (row for row in rows if row["what"] == "overfit")
+    assert tuned["val_loss"] < untuned["val_loss"]
+    (cleaned,) = (row for row in rows if row["what"] == "clean")
+    assert cleaned["f1"] > 0.85
+    assert cleaned["all"] < cleaned["kept"] <= cleaned["clean ones"] + 0.01
+
+
 def test_the_inner_loop_benchmark_measures_and_compares(tmp_path, script):
     figures = tmp_path / "figures.json"
     code, out, err = script("benchmark_inner_loop", "--quick", "--float64", "--json", figures)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
@@ -9,7 +10,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from metahpo.errors import NonFiniteError
+from metahpo.errors import NetError, NonFiniteError
 from metahpo.functional.module import FunctionalModule
 from metahpo.functional.trees import Params
 from metahpo.hypergrad.base import InnerState
@@ -108,6 +109,8 @@ class DecayTuner(Tuner):
             x, y = _draw(self.train, self.settings.batch)
             out, self.buffers = self.module.apply_with(self.params, self.buffers, x)
             value = self.loss(out, y)
+            if value.dim():
+                raise NetError(f"loss gave a tensor {list(value.shape)}, expected a scalar; take its mean")
             grads = torch.autograd.grad(value, params, materialize_grads=True)
             with torch.no_grad():
                 for p, grad, decay in zip(params, grads, decays):
@@ -143,7 +146,7 @@ class DecayTuner(Tuner):
         self.outer.step()
         with torch.no_grad():
             for h in self.logs.values():
-                h.clamp_(max=torch.tensor(self.settings.max_decay).log().item())
+                h.clamp_(max=math.log(self.settings.max_decay))
         return float(series.residual), float(found.value)
 
     def _inner_loss(self, params: Params, hparams: Params, batch: Labelled) -> Tensor:

@@ -60,7 +60,7 @@ def test_finds_the_wrong_labels(batch):
     right = blobs(90, 0)
     given = with_wrong_labels(right, 0.4, 0)
     wrong = set((given.y != right.y).nonzero()[:, 0].tolist())
-    one = tuner(given, iterations=25, steps=10, batch=batch)
+    one = tuner(given, iterations=25, steps=10, lr=0.1, batch=batch)
     found = one.run()
     suspected = found.suspected.tolist()
     assert len(wrong & set(suspected)) >= 0.9 * max(len(wrong), len(suspected))

