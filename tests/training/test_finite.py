@@ -70,7 +70,7 @@ class Sines(Sinusoid):
 
 
 def late(tmp_path, every: int, **settings) -> tuple[Trainer, Sines]:
-    small = {"epochs": 3, "iterations": 4, "tasks": 1, "val_tasks": 2, "device": "cpu", **settings}
+    small = {"epochs": 3, "iterations": 4, "tasks": 1, "val_tasks": 2, "device": "cpu", "engine": "loop", **settings}
     tasks = Sines()
     trainer = Trainer(
         MAML(MLP([1], 1, [8]), steps=1, inner_lr=0.01, loss=torch.nn.functional.mse_loss),
