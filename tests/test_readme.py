@@ -22,7 +22,7 @@ def blocks() -> list[str]:
 
 
 def test_training_ones_own_net_and_the_learners_of_ones_own():
-    first, second, third = blocks()
+    first, _, _, second, third = blocks()
     quick = first.replace("epochs=5, iterations=50", "epochs=2, iterations=3, val_tasks=8").replace(
         "test, 600", "test, 8"
     )
@@ -50,8 +50,25 @@ def test_training_ones_own_net_and_the_learners_of_ones_own():
         assert not torch.allclose(first["after"], first["inductive"])
 
 
+def test_rates_of_ones_own_net_and_hypergradients(capsys):
+    _, rates, study, *_ = blocks()
+    quick = rates.replace("steps=100, phases=4", "steps=8, phases=4, iterations=2")
+    assert quick != rates
+    names: dict = {}
+    exec(quick, names)
+    assert [group["name"] for group in names["optimizer"].param_groups] == ["1", "3"]
+    assert names["rates"].values["momentum"].shape == (2, 4)
+    names["scheduler"].step()
+    exec(study, names)
+    assert set(names["found"].grads) == {"log_decay", "rule.lr", "rule.momentum"}
+    assert all(float(g) for g in names["found"].grads.values())
+    assert "cosine 1.000000" in capsys.readouterr().out
+    # The example that README calls ten lines long, without its imports.
+    assert len([line for line in rates.splitlines() if line.strip() and not line.startswith(("import", "from"))]) <= 10
+
+
 def test_the_learner_takes_twenty_lines():
-    assert len([line for line in blocks()[1].splitlines() if line.strip()]) <= 20
+    assert len([line for line in blocks()[3].splitlines() if line.strip()]) <= 20
 
 
 def test_every_path_that_it_names_exists():
