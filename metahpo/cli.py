@@ -212,6 +212,14 @@ def _resumed(options: argparse.Namespace, ranks: Any):
     return config, run_dir, trainer
 
 
+def _trained_run_dir(name: str) -> Path:
+    """The run directory of a training; a tuning's is refused with what to do."""
+    path = existing_run_dir(name)
+    if any(line.startswith("tune:") for line in (path / "config.yaml").read_text(encoding="utf-8").splitlines()):
+        raise UsageError(f"{name} is the run of a tuning; metahpo tune KIND --resume {name} tests and reports it again")
+    return path
+
+
 def _nothing(*args: Any, **kwargs: Any) -> None:
     """What the other ranks print."""
 
@@ -222,7 +230,7 @@ def _evaluate(options: argparse.Namespace) -> int:
 
     with process_group() as ranks:
         run_dir = Path(options.run_dir)
-        config = ranks.on_first(lambda: load_config(existing_run_dir(options.run_dir) / "config.yaml"))
+        config = ranks.on_first(lambda: load_config(_trained_run_dir(options.run_dir) / "config.yaml"))
         _test(config, run_dir, options.split, options.tasks or config.training.test_tasks, ranks)
     return 0
 
@@ -232,7 +240,7 @@ def _report(options: argparse.Namespace) -> int:
     from metahpo.config_file import load_config
     from metahpo.training.ensemble import load_best
 
-    run_dir = existing_run_dir(options.run_dir)
+    run_dir = _trained_run_dir(options.run_dir)
     config = load_config(run_dir / "config.yaml")
     tasks = build_tasks(config, ("test",))["test"]
     learner = build_learner(config, tasks.task(0))

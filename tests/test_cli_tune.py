@@ -102,6 +102,9 @@ def test_a_run_with_other_settings_is_not_resumed(tmp_path, capsys):
     config.write_text(config.read_text().replace("steps: 4", "steps: 5"))
     assert run("rates", "--resume", str(tmp_path)) == 2
     assert "tune.steps: config.yaml says 5, but epoch-0001" in capsys.readouterr().err
+    for command in ("report", "evaluate"):
+        assert main([command, str(tmp_path)]) == 2
+        assert "is the run of a tuning; metahpo tune KIND --resume" in capsys.readouterr().err
     assert run("rates", str(CONFIGS / "rates.yaml"), *settings) == 2
     assert "already holds a run" in capsys.readouterr().err
 

@@ -39,7 +39,7 @@ class Settings(BaseModel):
                     lines.append(f"no setting {key!r}; {did_you_mean(key, cls.model_fields)}")
                 else:
                     what = e["msg"].removeprefix("Value error, ").replace("Input should", "should")
-                    lines.append(f"{key}: {what}, found {e['input']!r}")
+                    lines.append(f"{key}: {what}, found {e['input']!r}" if key else what)
             raise ConfigError("\n".join(lines)) from None
 
 

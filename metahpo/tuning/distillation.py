@@ -8,10 +8,9 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from pydantic import ValidationError
 from torch import Tensor, nn
 
-from metahpo.errors import CheckpointError, ConfigError, DataError, did_you_mean
+from metahpo.errors import CheckpointError, DataError
 from metahpo.functional.trees import Params
 from metahpo.hypergrad.base import Hypergradient
 from metahpo.hypergrad.unroll import Unroll
@@ -49,11 +48,10 @@ def distill(
     Raises ConfigError for a bad setting, DataError for data that do not fit, NetError for a net whose outputs do not
     fit or (init="random") whose weights cannot be drawn anew, NonFiniteError where the inner training diverges.
     """
-    try:
-        chosen = DistillationSettings(images_per_class=images_per_class, **settings)
-    except ValidationError as error:
-        raise ConfigError("; ".join(_line(dict(each)) for each in error.errors())) from None
-    return DistillationTuner(dataset, net, chosen, validation).run()
+    chosen = DistillationSettings.of(images_per_class=images_per_class, **settings)
+    tuner = DistillationTuner(dataset, net, chosen, validation)
+    tuner.run()
+    return tuner.result()
 
 
 class DistillationTuner(Tuner):
@@ -212,12 +210,3 @@ def _all_classes(data: Labelled) -> int:
 def _default_net(data: Labelled, classes: int, seed: int) -> nn.Module:
     with seeded(seed, -3):
         return MLP(data.x.shape[1:], classes, (64,)).to(data.x)
-
-
-def _line(error: Mapping[str, Any]) -> str:
-    """A pydantic error as the project says it."""
-    path = ".".join(map(str, error["loc"]))
-    if error["type"] == "extra_forbidden":
-        return f"distill: unknown setting {path!r}; {did_you_mean(path, DistillationSettings.model_fields)}"
-    words = error["msg"].removeprefix("Value error, ").replace("Input should", "should")
-    return f"distill: {path}: {words}, found {error['input']!r}" if path else f"distill: {words}"

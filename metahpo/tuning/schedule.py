@@ -144,7 +144,7 @@ class RateSchedule(LRScheduler):
             )
         super().__init__(optimizer)
 
-    def get_lr(self) -> list[float]:
+    def get_lr(self) -> list[float | Tensor]:
         settings = self.rates.at(self.last_epoch)
         for group, values in zip(self.optimizer.param_groups, settings):
             group.update({name: value for name, value in values.items() if name != "lr"})

@@ -181,7 +181,7 @@ X, Y = some_data()
     ("data", "net", "settings", "kind", "said"),
     [
         ((X, Y), None, {"images_per_class": 0}, ConfigError, "images_per_class: should be greater than or equal to 1"),
-        ((X, Y), None, {"image_lr": 0.1}, ConfigError, "unknown setting 'image_lr'"),
+        ((X, Y), None, {"image_lr": 0.1}, ConfigError, "no setting 'image_lr'; did you mean 'rate_lr'"),
         ((X, Y), None, {"share": True, "steps": 2}, ConfigError, "found 1, expected a multiple of steps"),
         (
             (X[Y != 1], Y[Y != 1]),
