@@ -24,6 +24,7 @@ from metahpo.hypergrad.base import (
 from metahpo.hypergrad.tangents import Step, Tangents, zeros
 from metahpo.inner.problem import InnerProblem
 from metahpo.inner.rules.base import UpdateRule
+from metahpo.inner.steps import Losses
 
 
 class Memory(NamedTuple):
@@ -68,7 +69,7 @@ class Forward:
         batches = list(batches)
         warnings = check_inputs(problem, rule, outer_loss, params, hparams, batches, state)
         state = state or InnerState(None, 0)
-        params, hparams, losses = constants(params), constants(hparams), []
+        params, hparams, losses = constants(params), constants(hparams), Losses()
         inner = problem.fit(rule, params, hparams, [], state=state.rule).state
         chunks = self._start(state.memory, params, inner, hparams)
         seeds = _unit_vectors(hparams, [chunk.width for chunk in chunks])
@@ -78,18 +79,14 @@ class Forward:
                 for i, seed in enumerate(seeds):
                     chunks[i] = now.pushed(chunks[i], seed)
                 params, inner = now.params, now.state
-                losses.append(now.loss)
-                if step % 256 == 0:
-                    # Small tensors take more memory than their one number.
-                    losses = [torch.cat([x.reshape(-1) for x in losses])]
+                losses.add(now.loss)
         with torch.enable_grad():
             ends, given = leaves(params), leaves(hparams)
             value = outer_value(outer_loss, ends, given)
         grads = _chained(value, ends, given, chunks)
         memory = Memory({name: h.shape for name, h in hparams.items()}, chunks)
-        return finished(
-            value, grads, hparams, params, InnerState(inner, state.step + len(batches), memory), losses, warnings
-        )
+        after = InnerState(inner, state.step + len(batches), memory)
+        return finished(value, grads, hparams, params, after, losses.stretches(), warnings)
 
     def _start(self, memory: Any, params: Params, inner: Any, hparams: Params) -> list[Tangents]:
         shapes = {name: h.shape for name, h in hparams.items()}

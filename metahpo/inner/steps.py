@@ -7,11 +7,45 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from metahpo.functional.levels import under_torch_func
 from metahpo.functional.trees import Params
 from metahpo.inner.gradient import InnerGradient, InnerLoss, StepLoss
 from metahpo.inner.rules.base import RuleState
 
 Update = Callable[..., tuple[Params, RuleState]]
+_BLOCK = 256
+
+
+class Losses:
+    """The losses of the steps, in order.
+
+    Those without a graph are copied into one block after the other. As tensors of their own, each between the large
+    ones that come and go with its step, they would keep the C library from using that memory again: a long training's
+    would grow by a fragment a step.
+    """
+
+    def __init__(self) -> None:
+        self._blocks: list[Tensor] = []
+        self._count = 0
+        self._apart: list[Tensor] = []
+
+    def add(self, value: Tensor) -> None:
+        if self._apart or value.requires_grad or under_torch_func():
+            self._apart.append(value)
+            return
+        place = self._count % _BLOCK
+        if not place:
+            self._blocks.append(value.new_empty(_BLOCK))
+        self._blocks[-1][place] = value
+        self._count += 1
+
+    def stretches(self) -> list[Tensor]:
+        """As vectors of any length, of those without a graph alone."""
+        return [block[: self._count - i * _BLOCK] for i, block in enumerate(self._blocks)]
+
+    def all(self) -> list[Tensor]:
+        """As scalars."""
+        return [*(value for part in self.stretches() for value in part.unbind()), *self._apart]
 
 
 class Steps(NamedTuple):
@@ -39,12 +73,12 @@ def take_steps(
     """
     params, state, carry = start
     needs_loss = getattr(update, "needs_loss", False)
-    losses, kept = [], []
+    losses, kept = Losses(), []
     for step, batch in enumerate(batches, start=first):
         its_loss = (StepLoss(loss, carry, batch, step),) if needs_loss else ()
         grads, value, carry = gradient(loss, params, carry, batch, step)
         params, state = update(params, grads, state, step, *its_loss)
-        losses.append(value)
+        losses.add(value)
         if keep:
             kept.append(params)
-    return Steps(params, state, carry, losses, kept)
+    return Steps(params, state, carry, losses.all(), kept)
