@@ -73,7 +73,7 @@ def _tune(options: argparse.Namespace) -> int:
         run_dir.mkdir(parents=True, exist_ok=True)
         write_atomically(run_dir / "config.yaml", dump_config(config).encode())
     device = device_of(config.device)
-    run = TuningRun(tuner, run_dir, config.tune.model_dump(mode="json"), device)
+    run = TuningRun(tuner, run_dir, _settings(config), device)
     if options.resume:
         run.resume()
         done = tuner.iteration >= tuner.iterations
@@ -84,6 +84,12 @@ def _tune(options: argparse.Namespace) -> int:
     result = run.fit(options.until, lambda row: print(_line(row, tuner.iterations), flush=True))
     _finish(run_dir, tuner, result, data)
     return 0
+
+
+def _settings(config: Any) -> dict[str, Any]:
+    """What a run's numbers depend on, by dotted key."""
+    tree = config.model_dump(mode="json", exclude={"run_dir", "device"})
+    return {f"{section}.{key}": value for section, values in tree.items() for key, value in values.items()}
 
 
 def _finish(run_dir: Path, tuner: Any, result: Any, data: Any) -> None:

@@ -146,7 +146,7 @@ def _line(error: dict[str, Any], tree: Mapping[str, Any], schema: Schema) -> str
     expected: str = error["msg"].removeprefix("Value error, ").replace("Input should", "should")
     expected = {"path_type": "should be a path", "string_pattern_mismatch": "should be MODULE:NAME"}.get(kind, expected)
     # A validator's own words may tell what was found.
-    said = kind == "value_error" and repr(found) in expected
+    said = kind == "value_error" and (isinstance(found, Mapping) or repr(found) in expected)
     return f"{path}: {expected}" if said else f"{path}: {expected}, found {found!r}"
 
 

@@ -100,7 +100,7 @@ def check_inputs(
     """
     if state is not None:
         return ()
-    _check_names(rule, hparams)
+    _check_names(rule, params, hparams)
     if not batches:
         raise HypergradientError("batches: found none, expected one for each inner step")
     with torch.enable_grad():
@@ -108,25 +108,47 @@ def check_inputs(
         others, own = split(given)
         inner = _scalar(problem.loss, "the inner loss", params, others, batches[0])
         outer = _scalar(outer_loss, "the outer loss", params, others)
+        if not _reached([inner], params.values()):
+            raise HypergradientError(
+                "the inner loss does not depend on params (or cuts them from their graph), so there is nothing to train"
+            )
         used = [*own.values()]  # Every rule uses its own.
-        reached = [t for t in (inner, outer) if t.requires_grad]
-        if reached and others:
-            grads = torch.autograd.grad(reached, list(others.values()), allow_unused=True)
-            used += [h for h, g in zip(others.values(), grads) if g is not None]
-    unused = [name for name, h in given.items() if not any(h is u for u in used)]
-    return tuple(
+        used += _reached([inner, outer], others.values())
+        lost = not _reached([outer], [*params.values(), *others.values()])
+    warnings = [
         f"hyperparameter {name!r}: neither the inner nor the outer loss uses it; its gradient is zero"
-        for name in unused
-    )
+        for name, h in given.items()
+        if not any(h is u for u in used)
+    ]
+    if lost:
+        warnings.append(
+            "the outer loss has no derivative in params nor in hparams (an accuracy, or cut from its graph), so every "
+            "gradient that is had by differentiating it is zero"
+        )
+    return tuple(warnings)
 
 
-def _check_names(rule: UpdateRule, hparams: Mapping[str, Tensor]) -> None:
+def _reached(values: Sequence[Tensor], leaves: Iterable[Tensor]) -> list[Tensor]:
+    """Those leaves that a gradient of the values reaches."""
+    leaves, values = list(leaves), [value for value in values if value.requires_grad]
+    if not leaves or not values:
+        return []
+    grads = torch.autograd.grad(values, leaves, allow_unused=True, retain_graph=True)
+    return [leaf for leaf, g in zip(leaves, grads) if g is not None]
+
+
+def _check_names(rule: UpdateRule, params: Params, hparams: Mapping[str, Tensor]) -> None:
     if not hparams:
         raise HypergradientError("hparams: found none, expected the tensors to differentiate by name")
     for name, h in hparams.items():
         if not isinstance(h, Tensor) or not h.is_floating_point():
             found = h.dtype if isinstance(h, Tensor) else type(h).__name__
             raise HypergradientError(f"hparams[{name!r}]: found {found}, expected a floating tensor")
+    where = {str(p.device) for p in params.values()}
+    for name, h in [*hparams.items(), *rule.named_parameters()]:
+        if where and str(h.device) not in where:
+            what = f"hparams[{name!r}]" if name in hparams else f"{type(rule).__name__}.{name}"
+            raise HypergradientError(f"{what} is on {h.device}, params on {', '.join(sorted(where))}; move it there")
     own, given = dict(rule.named_parameters()), split(hparams)[1]
     for name, h in given.items():
         if name not in own:

@@ -64,7 +64,10 @@ def check_hypergradient(
     rows = []
     for each in (strategy, reference):
         each(problem, rule, outer_loss, params, hparams, batches[:1])
-        rows.append(measured(lambda each=each: each(problem, rule, outer_loss, params, hparams, batches), device))
+        # The same draws (dropout) for both.
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            torch.manual_seed(0)
+            rows.append(measured(lambda each=each: each(problem, rule, outer_loss, params, hparams, batches), device))
     (found, seconds, peak), (expected, expected_seconds, expected_peak) = rows
     flat, right = _flat(found.grads), _flat(expected.grads)
     return Comparison(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -22,7 +22,7 @@ from metahpo.hypergrad.base import (
     leaves,
     outer_value,
 )
-from metahpo.hypergrad.solvers.base import Solution, Solver
+from metahpo.hypergrad.solvers.base import Product, Solution, Solver
 from metahpo.hypergrad.solvers.cg import CG
 from metahpo.hypergrad.systems import System, hessian_system, update_system
 from metahpo.inner.problem import RULE, InnerProblem
@@ -133,7 +133,7 @@ class Implicit:
                 system = hessian_system(problem, ends, given, batches)
         slopes, direct = found[: len(ends)], dict(zip(given, found[len(ends) :]))
         rhs = system.vector(slopes)
-        solution = self.solver(system.product, rhs, self._start(state.memory, rhs))
+        solution = self._solved(system.product, rhs, self._start(state.memory, rhs))
         told = self._told(solution, given)
         after = InnerState(state.rule, state.step, solution.v)
         if not math.isfinite(float(solution.residual)):
@@ -143,6 +143,13 @@ class Implicit:
         through = system.to_hparams(solution.v)
         grads = {name: _sum(direct[name], through.get(name)) for name in given}
         return finished(value, grads, hparams, params, after, losses, [*warnings, *told])
+
+    def _solved(self, product: Product, rhs: Tensor, start: Tensor | None) -> Solution:
+        """By a right-hand side of size 1: solvers square it, which a small one would not survive in float32."""
+        size = rhs.abs().max()
+        size = torch.where(size > 0, size, 1.0)
+        found = self.solver(product, rhs / size, None if start is None else start / size)
+        return replace(found, v=found.v * size)
 
     def _start(self, memory: Any, rhs: Tensor) -> Tensor | None:
         if memory is None or not self.warm_start:

@@ -37,7 +37,7 @@ class InnerProblem:
 
     params, hparams: dicts of tensors by name. A hyperparameter whose name begins with "rule." belongs to the update
     rule (``rule_hparams``); the loss gets the others. Every hyperparameter comes by ``hparams``: a tensor that requires
-    grad and that the loss captured instead is an error.
+    grad and that the loss captured instead is an error, wherever the first batch shows it.
     """
 
     def __init__(self, loss: Callable[[Params, Params, Any], Tensor]):

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, SequentialSampler
 
 from metahpo.errors import DataError
 from metahpo.functional.module import FunctionalModule
@@ -73,6 +74,13 @@ class CleaningTuner(Tuner):
     ):
         super().__init__(settings.iterations)
         self.settings = settings
+        if isinstance(dataset, DataLoader) and (
+            dataset.drop_last or not isinstance(dataset.sampler, SequentialSampler)
+        ):
+            raise DataError(
+                "dataset: found a DataLoader that shuffles or leaves examples out, so that they have no numbers; give "
+                "its dataset"
+            )
         self.data, self.trusted = (labelled(d, what) for d, what in ((dataset, "dataset"), (trusted, "trusted")))
         for what, data in (("dataset", self.data), ("trusted", self.trusted)):
             if data.y.is_floating_point():

@@ -49,10 +49,16 @@ def labelled(data: Any, what: str = "dataset") -> Labelled:
             x, y = (torch.as_tensor(value) for value in data)
     except (ValueError, TypeError, RuntimeError) as error:
         raise DataError(f"{what}: expected examples and targets as tensors of one shape: {one_line(error)}") from None
+    if not x.dim() or not y.dim():
+        raise DataError(f"{what}: found single values, expected examples [N, ...] and targets [N, ...]")
     if len(x) != len(y) or not len(x):
         raise DataError(f"{what}: found {len(x)} examples and {len(y)} targets, expected as many of both, at least 1")
     if not x.is_floating_point():
         raise DataError(f"{what}: the examples are {x.dtype}, expected floating point")
+    if y.is_floating_point() and y.dim() < 2:
+        raise DataError(
+            f"{what}: the targets are {y.dtype} {list(y.shape)}; expected values [N, D], or whole labels [N]"
+        )
     if not y.is_floating_point():
         y = y.long()
         if y.dim() != 1 or int(y.min()) < 0:

@@ -60,8 +60,9 @@ class Distilled:
 
     def tensors(self) -> dict[str, Any]:
         """images, labels, rates, batches, and for a fixed initialisation "net", its state dict."""
-        found = {"images": self.images, "labels": self.labels, "rates": self.rates, "batches": list(self.batches)}
-        return found | ({"net": self.net.state_dict()} if self.fixed else {})
+        found = {"images": self.images.cpu(), "labels": self.labels.cpu(), "rates": self.rates.cpu()}
+        net = {"net": {name: t.cpu() for name, t in self.net.state_dict().items()}} if self.fixed else {}
+        return {**found, "batches": list(self.batches), **net}
 
     def table(self) -> str:
         """The learnt rates by step, under a line on the images."""

@@ -9,10 +9,10 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal
 
 import torch
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 from torch import Tensor, nn
 
-from metahpo.errors import ConfigError, DataError, NetError, NonFiniteError, did_you_mean
+from metahpo.errors import ConfigError, DataError, NetError, NonFiniteError, did_you_mean, one_line
 from metahpo.functional import FunctionalModule
 from metahpo.functional.trees import Params
 from metahpo.hypergrad import Hypergradient, Unroll
@@ -27,14 +27,18 @@ from metahpo.tuning.schedule import Rates
 
 # Rates and decays are learnt as logarithms, what lies between 0 and 1 as logits: neither leaves its bounds.
 _LOGITS = ("momentum", "beta1", "beta2")
+# Sets the draws of initial weights apart from those of the batches.
+_WEIGHTS = 1
 
 
 class RatesSettings(Settings):
     """How the rates of one training are tuned by gradient."""
 
     rule: Literal["sgd", "adam", "adamw"] = Field(default="sgd", description="the optimizer of the training")
-    tune: tuple[str, ...] = Field(
-        default=("lr", "momentum"), min_length=1, description="lr, momentum or beta1 and beta2, weight_decay"
+    tune: tuple[str, ...] | None = Field(
+        default=None,
+        min_length=1,
+        description="lr, momentum or beta1 and beta2, weight_decay; null: lr, and momentum or beta1",
     )
     by: Literal["all", "layer", "tensor"] = Field(
         default="layer", description="whose each value is: of the whole net, of a layer (weight and bias), of a tensor"
@@ -54,12 +58,21 @@ class RatesSettings(Settings):
 
     @field_validator("tune")
     @classmethod
-    def _known(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+    def _known(cls, names: tuple[str, ...] | None) -> tuple[str, ...] | None:
         known = ("lr", "momentum", "beta1", "beta2", "weight_decay")
-        for name in names:
+        for name in names or ():
             if name not in known:
                 raise ValueError(f"no hyperparameter {name!r}; {did_you_mean(name, known)}")
         return names
+
+    @model_validator(mode="after")
+    def _phases_have_steps(self) -> RatesSettings:
+        if self.phases > self.steps:
+            raise ValueError(f"phases: found {self.phases}, expected at most the {self.steps} of steps")
+        return self
+
+    def tuned(self) -> tuple[str, ...]:
+        return self.tune or ("lr", "momentum" if self.rule == "sgd" else "beta1")
 
 
 def tune_rates(
@@ -80,12 +93,17 @@ def tune_rates(
 
     net: any module of one input; copied, never changed. loss: (outputs, targets) -> scalar. train_loader, val_loader:
     ``DataLoader``s or other iterables of (inputs, targets), begun anew in every outer step: train gives the batches of
-    the training, val one batch for its outcome. device: default that of the net. on_step: called with the figures of
-    each outer step. settings: ``RatesSettings`` as keywords (steps, phases, tune, by, rule, iterations, ...).
+    the training (their size is the loader's), val one batch for its outcome. device: default that of the net. on_step:
+    called with the figures of each outer step. settings: ``RatesSettings`` as keywords (steps, phases, tune, by, rule,
+    iterations, ...).
+
+    Batch norm uses the batch's statistics in the validation loss too, where a net in evaluation mode has running ones.
 
     Raises ConfigError for a setting, NetError for a net that cannot be run, DataError for loaders without batches,
     NonFiniteError where the training diverges even at the rates that it begins with.
     """
+    if "batch" in settings:
+        raise ConfigError(f"batch: found {settings['batch']!r}, but the size of a batch is train_loader's")
     tuner = RatesTuner(net, loss, train_loader, val_loader, RatesSettings.of(**settings), device)
     tuner.run(each=on_step)
     return tuner.result()
@@ -121,12 +139,13 @@ class RatesTuner(Tuner):
         rule = _rule(settings)
         self.rule = ByLayer(rule, names, settings.phases, settings.steps, learnable=False).to(self.device)
         own = {name: float(p) for name, p in rule.named_parameters()}
-        for name in settings.tune:
+        for name in settings.tuned():
             if name not in own:
-                why = "it begins at 0" if name == "weight_decay" else f"{settings.rule} has {', '.join(own)}"
+                has = ", ".join(key for key in own if key != "eps")
+                why = "it begins at 0" if name == "weight_decay" else f"{settings.rule} has {has}"
                 raise ConfigError(f"tune: found {name!r}, but {why}")
         shape = (len(self.groups), settings.phases)
-        self.raw = {name: torch.full(shape, _inverse(name, own[name]), device=self.device) for name in settings.tune}
+        self.raw = {name: torch.full(shape, _inverse(name, own[name]), device=self.device) for name in settings.tuned()}
         self.before = {name: raw.clone() for name, raw in self.raw.items()}
         for raw in self.raw.values():
             raw.requires_grad_()
@@ -134,6 +153,24 @@ class RatesTuner(Tuner):
         self.optimizer = torch.optim.Adam(self.raw.values(), lr=settings.outer_lr, betas=(0.9, 0.99))
         gradient = Mixed() if settings.inner_gradient == "mixed" else Reverse()
         self.strategy = Unroll(gradient, named_remat(settings.remat))
+        self._check()
+
+    def _check(self) -> None:
+        """Raises NetError unless net and loss take the loaders' first batches and the weights can be drawn anew."""
+        net = reinitialised(self.net, self.settings.seed) if self.settings.fresh else copy.deepcopy(self.net)
+        with seeded(self.settings.seed, device=self.device), torch.no_grad():
+            for what, loader in (("train_loader", self.train), ("val_loader", self.val)):
+                x, y = self._to(take(loader, 1, what)[0])
+                try:
+                    value = self.loss(net.eval()(x), y)
+                except Exception as error:
+                    raise NetError(
+                        f"{what}: {type(net).__name__} or the loss fails on inputs {list(x.shape)} and targets "
+                        f"{list(y.shape)}: {type(error).__name__}: {one_line(error)}"
+                    ) from error
+                if not isinstance(value, Tensor) or value.dim():
+                    found = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
+                    raise NetError(f"the loss gave {found}, expected a scalar tensor")
 
     def values(self) -> Params:
         """The learnt hyperparameters as they are now, [rows, phases] each; differentiable in ``raw``."""
@@ -144,7 +181,7 @@ class RatesTuner(Tuner):
         # The last steps are small: the figures that they end on are not those of one draw.
         self.optimizer.param_groups[0]["lr"] = cosine(self.iteration, self.iterations, settings.outer_lr, 0.0)
         with seeded(settings.seed, self.iteration, device=self.device):
-            net = reinitialised(self.net, settings.seed, self.iteration) if settings.fresh else self.net
+            net = reinitialised(self.net, settings.seed, self.iteration, _WEIGHTS) if settings.fresh else self.net
             batches = [self._to(batch) for batch in take(self.train, settings.steps, "train_loader")]
             val = self._to(take(self.val, 1, "val_loader")[0])
             values, result = self._differentiated(FunctionalModule(net), batches, val)
@@ -179,14 +216,7 @@ class RatesTuner(Tuner):
             values = self.values()
             hparams = {f"rule.{name}": value.detach()[self._row] for name, value in values.items()}
             try:
-                result = self.strategy(
-                    problem,
-                    self.rule,
-                    lambda p, h: self.loss(output(p, val[0], False), val[1]),
-                    params,
-                    hparams,
-                    batches,
-                )
+                result = self.strategy(problem, self.rule, outcome, params, hparams, batches)
             except NonFiniteError as error:
                 if "lr" not in self.raw or attempt == 5:
                     raise
@@ -232,7 +262,7 @@ class RatesTuner(Tuner):
         # Apart from the outer steps' own numbers.
         seed = (self.settings.seed, self.iterations + run)
         with seeded(*seed, device=self.device):
-            net = reinitialised(self.net, *seed) if self.settings.fresh else copy.deepcopy(self.net)
+            net = reinitialised(self.net, *seed, _WEIGHTS) if self.settings.fresh else copy.deepcopy(self.net)
             optimizer = rates.optimizer(net.train())
             scheduler = rates.scheduler(optimizer)
             for batch in take(self.train, self.settings.steps, "train_loader"):
@@ -271,7 +301,7 @@ def _groups(names: list[str], by: str) -> dict[str, list[str]]:
         return {"all": names}
     groups: dict[str, list[str]] = {}
     for name in names:
-        groups.setdefault(name if by == "tensor" else name.rpartition(".")[0] or "net", []).append(name)
+        groups.setdefault(name if by == "tensor" else name.rpartition(".")[0] or "(net)", []).append(name)
     return groups
 
 
@@ -287,4 +317,5 @@ def _inverse(name: str, value: float) -> float:
 
 
 def _forward(name: str, raw: Tensor) -> Tensor:
-    return raw.sigmoid() if name in _LOGITS else raw.exp()
+    # In float32 the logistic function reaches 1 at 17.
+    return raw.clamp(max=10.0).sigmoid() if name in _LOGITS else raw.exp()

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from metahpo.errors import CheckpointError, ConfigError, NonFiniteError
+from metahpo.errors import CheckpointError, ConfigError, DataError, NonFiniteError
 from metahpo.training.checkpoint import CheckpointStore, write_atomically
 from metahpo.training.environment import versions
 from metahpo.training.interrupts import Interrupted, Interrupts
@@ -45,7 +45,7 @@ class TuningRun:
         for key, value in self.settings.items():
             if state["settings"].get(key) != value:
                 raise ConfigError(
-                    f"tune.{key}: config.yaml says {value!r}, but {path.name} was tuned with "
+                    f"{key}: config.yaml says {value!r}, but {path.name} was tuned with "
                     f"{state['settings'].get(key)!r}; set it back, or tune anew"
                 )
         try:
@@ -54,7 +54,8 @@ class TuningRun:
             raise CheckpointError(f"{path}: cannot go on from it: {type(error).__name__}: {error}") from error
         self.tuner.iteration, self.tuner.history = state["iteration"], state["history"]
         self.tuner.warnings = dict.fromkeys(state["warnings"])
-        self._seconds = [0.0] * len(self.tuner.history)
+        logged = {row.get("iteration"): row.get("seconds", 0.0) for row in self._log()}
+        self._seconds = [logged.get(row["iteration"], 0.0) for row in self.tuner.history]
 
     def fit(self, until: int | None = None, each: Callable[[Row], None] | None = None) -> Result:
         """Makes the steps left, up to ``until`` in all. Ctrl-C or SIGTERM ends the current step, saves, and raises
@@ -83,6 +84,12 @@ class TuningRun:
                 raise NonFiniteError(where + (f"; the last good checkpoint is {kept[-1]}" if kept else "")) from error
             self.save()
         return result
+
+    def _log(self) -> list[Row]:
+        try:
+            return CsvLog(self.run_dir / "metrics.csv").read()
+        except DataError:
+            return []  # Only the seconds are lost: all else is in the checkpoint, and the file is written anew.
 
     def save(self) -> None:
         rows = [{**row, "seconds": round(s, 3)} for row, s in zip(self.tuner.history, self._seconds)]

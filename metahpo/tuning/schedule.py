@@ -45,6 +45,8 @@ class Rates:
         columns = {name: table[:, phase].tolist() for name, table in self.values.items()}
         rows = [dict(zip(columns, row)) for row in zip(*columns.values())]
         for row in rows:
+            # torch's AdamW has one of its own.
+            row.setdefault("weight_decay", 0.0)
             if "beta1" in row:
                 row["betas"] = (row.pop("beta1"), row.pop("beta2"))
         return rows
@@ -123,7 +125,12 @@ class Rates:
 
     def tensors(self) -> dict[str, Any]:
         groups = {row: list(names) for row, names in self.groups.items()}
-        return {"rule": self.rule, "steps": self.steps, "groups": groups, "values": dict(self.values)}
+        return {
+            "rule": self.rule,
+            "steps": self.steps,
+            "groups": groups,
+            "values": {name: table.cpu() for name, table in self.values.items()},
+        }
 
     @classmethod
     def of(cls, tensors: Mapping[str, Any]) -> Rates:
@@ -143,6 +150,10 @@ class RateSchedule(LRScheduler):
                 "param_groups(net)"
             )
         super().__init__(optimizer)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Without the rates themselves, so that a checkpoint of it is plain values."""
+        return {name: value for name, value in super().state_dict().items() if name != "rates"}
 
     def get_lr(self) -> list[float | Tensor]:
         settings = self.rates.at(self.last_epoch)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from metahpo.training.settings import Settings
 
@@ -28,6 +28,12 @@ class DecaySettings(Settings):
     terms: int = Field(default=3, ge=1, description="of the Neumann series for the inverse Hessian")
     scale: float = Field(default=0.1, gt=0, description="of that series: below 2 over the largest curvature")
     seed: int = Field(default=0, ge=0)
+
+    @model_validator(mode="after")
+    def _begins_below(self) -> DecaySettings:
+        if self.decay > self.max_decay:
+            raise ValueError(f"decay: found {self.decay}, expected at most the {self.max_decay} of max_decay")
+        return self
 
 
 class CleaningSettings(Settings):

@@ -264,3 +264,13 @@ def test_memory_does_not_grow_with_the_steps():
         if not found:
             pytest.skip("this system does not tell its peak memory")
         assert found[1] - found[0] < 8e6
+
+
+def test_a_tiny_gradient_is_not_taken_for_none():
+    problem = InnerProblem(lambda p, h, batch: (p["w"] - 1).square().sum() + h["log"].exp() * p["w"].square().sum())
+    params, hparams = {"w": torch.zeros(3)}, {"log": torch.tensor(0.0)}
+    given = (SGD(0.2), lambda p, h: 1e-25 * p["w"].sum(), params, hparams, [None] * 50)
+    found = Implicit(CG())(problem, *given)
+    expected = Unroll()(problem, *given)
+    assert float(found.grads["log"]) == pytest.approx(float(expected.grads["log"]), rel=1e-3)
+    assert float(found.grads["log"]) < 0

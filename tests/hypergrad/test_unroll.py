@@ -123,3 +123,15 @@ def test_the_error_of_truncation_falls_at_the_rate_of_the_curvature():
         torch.testing.assert_close(error, shrink**kept - shrink**steps, rtol=1e-10, atol=1e-14)
     for kept in (steps, 2 * steps):
         torch.testing.assert_close(Unroll(truncate=kept)(*given).grads["target"], exact, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("strategy", [Unroll(), Unroll(Mixed(), Sqrt())], ids=str)
+def test_losses_that_nothing_can_learn_from_are_told(small_problem, strategy):
+    problem, rule, outer_loss, params, hparams, batches = small_problem()
+    cut = InnerProblem(lambda p, h, b: problem.loss({n: q.detach() for n, q in p.items()}, h, b))
+    with pytest.raises(HypergradientError, match="the inner loss does not depend on params"):
+        strategy(cut, rule, outer_loss, params, hparams, batches)
+    found = strategy(problem, rule, lambda p, h: (p["a"] > 0).double().mean(), params, hparams, batches)
+    assert any("the outer loss has no derivative" in line for line in found.warnings)
+    with pytest.raises(HypergradientError, match=r"hparams\['decay'\] is on meta, params on cpu"):
+        strategy(problem, rule, outer_loss, params, {**hparams, "decay": hparams["decay"].to("meta")}, batches)

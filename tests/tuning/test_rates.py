@@ -179,9 +179,9 @@ def test_bad_input_is_one_line(digits):
     net = small_net()
     loaders = [Loader(digits["train"], 20), Loader(digits["val"], 60)]
 
-    def fails(kind, match, net=net, loaders=loaders, **settings):
+    def fails(kind, match, net=net, loaders=loaders, loss=F.cross_entropy, **settings):
         with pytest.raises(kind, match=match) as caught:
-            tune_rates(net, F.cross_entropy, *loaders, **{"steps": 2, "phases": 1, "iterations": 1, **settings})
+            tune_rates(net, loss, *loaders, **{"steps": 2, "phases": 1, "iterations": 1, **settings})
         assert "\n" not in str(caught.value)
 
     fails(ConfigError, "no setting 'step'; did you mean 'steps'", step=3)
@@ -191,7 +191,10 @@ def test_bad_input_is_one_line(digits):
     fails(DataError, "train_loader: found no batch", loaders=[[], loaders[1]])
     fails(DataError, "a loader gave list, expected pairs", loaders=[[[1]], loaders[1]])
     fails(NetError, "Flatten has no trainable parameter", net=nn.Flatten())
-    fails(NetError, "phases need at least as many steps", phases=3)
+    fails(ConfigError, "phases: found 3, expected at most the 2 of steps", phases=3)
+    fails(ConfigError, "batch: found 5, but the size of a batch is train_loader", batch=5)
+    fails(NetError, r"train_loader: Linear or the loss fails on inputs \[20, 1, 8, 8\]", net=nn.Linear(3, 2))
+    fails(NetError, r"the loss gave \[\d+\], expected a scalar", loss=nn.CrossEntropyLoss(reduction="none"))
     rates = a_tuner(digits).result()
     other = nn.Sequential(nn.Flatten(), nn.Linear(64, 8), nn.Tanh(), nn.Linear(8, 8), nn.Linear(8, 10))
     with pytest.raises(NetError, match=r"the tuned net has no trainable parameter '4\.weight'"):
@@ -207,5 +210,21 @@ def test_rates_stay_above_zero_and_momenta_below_one(digits):
         tuner.raw["lr"] -= 60
     values = tuner.result().values
     assert float(values["lr"].min()) > 0
-    assert float(values["momentum"].max()) <= 1
+    assert float(values["momentum"].max()) < 1
     assert math.isclose(float(a_tuner(digits, lr=0.123).result().values["lr"][0, 0]), 0.123, rel_tol=1e-6)
+
+
+def test_adamw_without_decay_hands_on_none(digits):
+    rates = a_tuner(digits, rule="adamw", tune=None, weight_decay=0).result()
+    assert {group["weight_decay"] for group in rates.optimizer(small_net()).param_groups} == {0.0}
+    assert set(rates.values) == {"lr", "beta1", "beta2", "eps"}
+
+
+def test_a_schedule_is_kept_as_plain_values(digits, tmp_path):
+    rates, net = a_tuner(digits).result(), small_net()
+    scheduler = rates.scheduler(rates.optimizer(net))
+    torch.save(scheduler.state_dict(), tmp_path / "schedule.pt")
+    state = torch.load(tmp_path / "schedule.pt", weights_only=True)
+    again = rates.scheduler(rates.optimizer(net))
+    again.load_state_dict(state)
+    assert again.last_epoch == scheduler.last_epoch
