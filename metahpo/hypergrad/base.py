@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.func import functional_call
 from torch.utils._pytree import tree_map_only
 
 from metahpo.errors import HypergradientError, NetError, NonFiniteError, did_you_mean
@@ -112,11 +113,13 @@ def check_inputs(
             raise HypergradientError(
                 "the inner loss does not depend on params (or cuts them from their graph), so there is nothing to train"
             )
-        used = [*own.values()]  # Every rule uses its own.
-        used += _reached([inner, outer], others.values())
+        used = _reached([inner, outer], others.values())
+        used += own.values()  # Every rule uses its own, if not in every step.
+        if not rule.needs_loss and type(rule).forward is not UpdateRule.forward:
+            _check_rule(rule, own, inner, params)
         lost = not _reached([outer], [*params.values(), *others.values()])
     warnings = [
-        f"hyperparameter {name!r}: neither the inner nor the outer loss uses it; its gradient is zero"
+        f"hyperparameter {name!r}: neither the losses nor the rule use it; its gradient is zero"
         for name, h in given.items()
         if not any(h is u for u in used)
     ]
@@ -126,6 +129,21 @@ def check_inputs(
             "gradient that is had by differentiating it is zero"
         )
     return tuple(warnings)
+
+
+def _check_rule(rule: UpdateRule, own: Params, inner: Tensor, params: Params) -> None:
+    """Raises HypergradientError if the rule's first step computes with a captured tensor that requires grad."""
+    found = torch.autograd.grad(inner, list(params.values()), retain_graph=True, materialize_grads=True)
+    with torch.no_grad():
+        state = rule.init(constants(params))
+
+    def update(own: Params, params: Params, grads: Params, state: RuleState) -> Params:
+        return functional_call(rule, own, (params, grads, state, 0))[0]
+
+    try:
+        explicit(update, "the update rule", "in hparams")(own, params, dict(zip(params, found)), state)
+    except NetError as error:
+        raise HypergradientError(str(error)) from error
 
 
 def _reached(values: Sequence[Tensor], leaves: Iterable[Tensor]) -> list[Tensor]:

@@ -135,3 +135,15 @@ def test_losses_that_nothing_can_learn_from_are_told(small_problem, strategy):
     assert any("the outer loss has no derivative" in line for line in found.warnings)
     with pytest.raises(HypergradientError, match=r"hparams\['decay'\] is on meta, params on cpu"):
         strategy(problem, rule, outer_loss, params, {**hparams, "decay": hparams["decay"].to("meta")}, batches)
+
+
+def test_a_rule_that_captures_a_tensor_is_refused(small_problem):
+    problem, _, outer_loss, params, hparams, batches = small_problem()
+    outside = torch.tensor(0.1, dtype=torch.float64, requires_grad=True)
+
+    class Capturing(SGD):
+        def update(self, param, grad, state, step, hyper):
+            return param - outside * grad, {}
+
+    with pytest.raises(HypergradientError, match=r"the update rule computes .* pass it in hparams"):
+        Unroll()(problem, Capturing(0.1).double(), outer_loss, params, hparams, batches)
