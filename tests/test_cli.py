@@ -271,9 +271,9 @@ def test_a_signal_saves_and_resuming_ends_in_the_same_checkpoint(here, start, mo
     arguments = ["train", "sines.yaml", *overrides, "run_dir=stopped"]
     # As many threads on both sides, so that sums are added in the same order.
     child = start(
-        f"import sys, torch; torch.set_num_threads({torch.get_num_threads()})\n"
-        + WAITS
-        + f"sys.exit(cli.main({arguments}))"
+        f"import signal, sys, torch; torch.set_num_threads({torch.get_num_threads()})\n"
+        # A shell's background job, and so these tests in one, is started with Ctrl-C ignored.
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n" + WAITS + f"sys.exit(cli.main({arguments}))"
     )
     child.wait_for("epoch 1/6")
     child.send_signal(signum)
