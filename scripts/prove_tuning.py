@@ -113,7 +113,7 @@ def prove_overfit(quick: bool, seeds: int) -> list[Row]:
         data = load_digits((50, 50, DIGITS - 100), seed)
         with seeded(seed):
             net = MLP((1, 8, 8), 10, (300,))
-        steps = 150 if quick else 2000
+        steps = 150 if quick else 1000
         chosen = DecaySettings(by="parameter", steps=steps, every=2, lr=3e-3, decay_lr=1.0, seed=seed)
         tuner = DecayTuner(net, F.cross_entropy, data["train"], data["val"], chosen)
         started = time.perf_counter()
