@@ -30,6 +30,10 @@ class HypergradientError(MetaHPOError):
     """A hypergradient that cannot be had as asked: a captured hyperparameter, a loss that is no scalar."""
 
 
+class SearchError(MetaHPOError):
+    """A search that cannot be run as asked: a bad space, a study file of another one, a searcher unfit for it."""
+
+
 class CheckpointError(MetaHPOError):
     """A checkpoint that is damaged, holds code, or does not fit the learner."""
 

@@ -1,0 +1,12 @@
+"""Classic searchers over the same training loop."""
+
+from metahpo.searchers.base import History as History
+from metahpo.searchers.base import Observation as Observation
+from metahpo.searchers.base import Proposal as Proposal
+from metahpo.searchers.base import Searcher as Searcher
+from metahpo.searchers.grid import Grid as Grid
+from metahpo.searchers.random import Random as Random
+from metahpo.searchers.space import Choice as Choice
+from metahpo.searchers.space import Float as Float
+from metahpo.searchers.space import Int as Int
+from metahpo.searchers.space import Space as Space

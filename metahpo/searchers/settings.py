@@ -1,0 +1,298 @@
+"""What a search may set: numbers, whole numbers, choices."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar
+
+from typing_extensions import Self
+
+from metahpo.errors import SearchError
+
+# The setting exists only while each of these others has one of these values.
+Condition = Mapping[str, tuple[Any, ...]]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One thing that a search may set; ``when``: the values of others that it exists for.
+
+    Every value has a place in the unit interval: ``at(u)`` is the value at 0 <= u <= 1, such that a uniform u draws
+    from the setting's own distribution, and ``unit(value)`` is the middle of the values' share: ``at(unit(v)) == v``.
+    """
+
+    when: Condition = field(default_factory=dict, kw_only=True)
+    # How YAML calls it.
+    kind: ClassVar[str] = ""
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.when, Mapping):
+            raise SearchError(f"{self.label}: when should map settings to values, found {self.when!r}")
+        conditions = {name: tuple(v) if isinstance(v, (list, tuple)) else (v,) for name, v in self.when.items()}
+        object.__setattr__(self, "when", conditions)
+
+    @property
+    def label(self) -> str:
+        """Without the condition, for messages."""
+        return repr(replace(self, when={}) if self.when else self)
+
+    @property
+    def count(self) -> float:
+        """How many values there are; infinity for a continuous range."""
+        raise NotImplementedError
+
+    def at(self, u: float) -> Any:
+        raise NotImplementedError
+
+    def unit(self, value: Any) -> float:
+        raise NotImplementedError
+
+    def values(self) -> list[Any]:
+        """All values in order; raises SearchError for a continuous range."""
+        if math.isinf(self.count):
+            raise SearchError(f"{self.label} is a continuous range; a list of its values needs a step")
+        return [self.at((i + 0.5) / self.count) for i in range(int(self.count))]
+
+    def check(self, value: Any) -> None:
+        """Raises SearchError unless ``value`` is one of the setting's, in type too."""
+        raise NotImplementedError
+
+    def tree(self) -> dict[str, Any]:
+        """The setting in plain values, as YAML writes it."""
+        raise NotImplementedError
+
+    def _with_condition(self, tree: dict[str, Any]) -> dict[str, Any]:
+        if self.when:
+            tree["when"] = {
+                k: v[0] if len(v) == 1 and not isinstance(v[0], list) else list(v) for k, v in self.when.items()
+            }
+        return tree
+
+    def _repr(self, *parts: str) -> str:
+        condition = f"when={self._with_condition({})['when']!r}" if self.when else ""
+        return f"{type(self).__name__}({', '.join(p for p in (*parts, condition) if p)})"
+
+
+@dataclass(frozen=True, repr=False)
+class _Range(Setting):
+    low: Any
+    high: Any
+    log: bool = False
+    step: Any = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._check_bounds()
+        if self.low >= self.high:
+            raise SearchError(f"{self.label}: low should be below high")
+        if not isinstance(self.log, bool):
+            raise SearchError(f"{self.label}: log should be true or false")
+        if self.log and self.low <= 0:
+            raise SearchError(f"{self.label}: a log range should begin above 0, found {self.low}")
+        if self.step is not None and self.log:
+            raise SearchError(f"{self.label}: a log range takes no step")
+        if self.step is not None and not 0 < self.step <= self.high - self.low:
+            raise SearchError(f"{self.label}: step should be above 0 and at most high - low, found {self.step}")
+
+    def _check_bounds(self) -> None:
+        raise NotImplementedError
+
+    def tree(self) -> dict[str, Any]:
+        tree: dict[str, Any] = {self.kind: [self.low, self.high]}
+        tree.update({"log": True} if self.log else {})
+        tree.update({} if self.step is None else {"step": self.step})
+        return self._with_condition(tree)
+
+    def __repr__(self) -> str:
+        step = "" if self.step is None else f"step={self.step!r}"
+        return self._repr(repr(self.low), repr(self.high), "log=True" if self.log else "", step)
+
+
+@dataclass(frozen=True, repr=False)
+class Float(_Range):
+    """A number from low to high, both included; log: by its logarithm; step: low, low + step, ... alone."""
+
+    kind: ClassVar[str] = "float"
+
+    def _check_bounds(self) -> None:
+        for name in ("low", "high", "step"):
+            value = getattr(self, name)
+            if value is None and name == "step":
+                continue
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+                raise SearchError(f"{self.label}: {name} should be a finite number, found {value!r}")
+            object.__setattr__(self, name, float(value))
+
+    @property
+    def count(self) -> float:
+        return math.inf if self.step is None else math.floor((self.high - self.low) / self.step + 1e-9) + 1
+
+    def at(self, u: float) -> float:
+        if self.step is not None:
+            # Rounded, lest 3 steps of 0.1 be 0.30000000000000004.
+            return float(f"{self.low + _bin(u, self.count) * self.step:.12g}")
+        low, high = (math.log(self.low), math.log(self.high)) if self.log else (self.low, self.high)
+        value = low * (1 - u) + high * u
+        return min(max(math.exp(value) if self.log else value, self.low), self.high)
+
+    def unit(self, value: float) -> float:
+        if self.step is not None:
+            return (round((value - self.low) / self.step) + 0.5) / self.count
+        if self.log:
+            return math.log(value / self.low) / math.log(self.high / self.low)
+        return (value - self.low) / (self.high - self.low)
+
+    def check(self, value: Any) -> None:
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not self.low <= value <= self.high:
+            raise SearchError(f"should be a number in [{self.low}, {self.high}], found {value!r}")
+        if self.step is not None and abs(self.at(self.unit(value)) - value) > 1e-9 * max(1.0, abs(value)):
+            raise SearchError(f"should be {self.low} and a number of steps of {self.step}, found {value!r}")
+
+
+@dataclass(frozen=True, repr=False)
+class Int(_Range):
+    """A whole number from low to high, both included; log: by its logarithm; step: low, low + step, ... alone."""
+
+    kind: ClassVar[str] = "int"
+
+    def _check_bounds(self) -> None:
+        for name in ("low", "high", "step"):
+            value = getattr(self, name)
+            if (value is None and name == "step") or (isinstance(value, int) and not isinstance(value, bool)):
+                continue
+            raise SearchError(f"{self.label}: {name} should be a whole number, found {value!r}")
+
+    @property
+    def count(self) -> float:
+        return (self.high - self.low) // (self.step or 1) + 1
+
+    def at(self, u: float) -> int:
+        if self.log:
+            low, high = math.log(self.low - 0.5), math.log(self.high + 0.5)
+            return min(max(round(math.exp(low * (1 - u) + high * u)), self.low), self.high)
+        return self.low + _bin(u, self.count) * (self.step or 1)
+
+    def unit(self, value: int) -> float:
+        if self.log:
+            return math.log(value / (self.low - 0.5)) / math.log((self.high + 0.5) / (self.low - 0.5))
+        return ((value - self.low) // (self.step or 1) + 0.5) / self.count
+
+    def values(self) -> list[int]:
+        return list(range(self.low, self.high + 1, self.step or 1))
+
+    def check(self, value: Any) -> None:
+        if isinstance(value, bool) or not isinstance(value, int) or not self.low <= value <= self.high:
+            raise SearchError(f"should be a whole number in [{self.low}, {self.high}], found {value!r}")
+        if (value - self.low) % (self.step or 1):
+            raise SearchError(f"should be {self.low} and a number of steps of {self.step}, found {value!r}")
+
+
+@dataclass(frozen=True, repr=False, init=False)
+class Choice(Setting):
+    """One of the options, which have no order: plain values (text, numbers, true, null, or lists and dicts of them)."""
+
+    options: tuple[Any, ...]
+    kind: ClassVar[str] = "choice"
+
+    def __init__(self, *options: Any, when: Mapping[str, Any] | None = None):
+        object.__setattr__(self, "options", tuple(_plain(option) for option in options))
+        object.__setattr__(self, "when", when or {})
+        self.__post_init__()
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.options:
+            raise SearchError("Choice(): should have at least one option")
+        keys = [_key(option) for option in self.options]
+        if twice := [o for i, o in enumerate(self.options) if keys[i] in keys[:i]]:
+            raise SearchError(f"{self.label}: option {twice[0]!r} is given twice")
+
+    @property
+    def label(self) -> str:
+        return f"Choice({', '.join(map(repr, self.options))})"
+
+    @property
+    def count(self) -> float:
+        return len(self.options)
+
+    def at(self, u: float) -> Any:
+        return self.options[_bin(u, len(self.options))]
+
+    def unit(self, value: Any) -> float:
+        return (self.index(value) + 0.5) / len(self.options)
+
+    def index(self, value: Any) -> int:
+        """The option's place; 1, 1.0 and true are three options. Raises SearchError if there is no such option."""
+        for place, option in enumerate(self.options):
+            if _key(option) == _key(value):
+                return place
+        raise SearchError(f"should be one of {', '.join(map(repr, self.options))}, found {value!r}")
+
+    def values(self) -> list[Any]:
+        return list(self.options)
+
+    def check(self, value: Any) -> None:
+        self.index(value)
+
+    def tree(self) -> dict[str, Any]:
+        return self._with_condition({"choice": list(self.options)})
+
+    def __repr__(self) -> str:
+        return self._repr(*map(repr, self.options))
+
+    @classmethod
+    def of(cls, options: Any, **rest: Any) -> Self:
+        if not isinstance(options, list):
+            raise SearchError(f"choice should be a list of options, found {options!r}")
+        return cls(*options, **rest)
+
+
+def _bin(u: float, count: float) -> int:
+    """The share of the unit interval, cut into ``count`` equal ones, that u lies in."""
+    return min(max(int(u * count), 0), int(count) - 1)
+
+
+def _plain(option: Any) -> Any:
+    """Tuples as lists, for YAML and JSON know no others; raises SearchError for what they cannot write."""
+    try:
+        return json.loads(json.dumps(option, allow_nan=False))
+    except (TypeError, ValueError):
+        raise SearchError(f"Choice: an option should be a plain value, found {option!r}") from None
+
+
+def _key(value: Any) -> str:
+    try:
+        return json.dumps(value, sort_keys=True)
+    except TypeError:
+        return repr(value)
+
+
+def same(first: Any, second: Any) -> bool:
+    """Whether two values are the same, in type too."""
+    return _key(first) == _key(second)
+
+
+KINDS: dict[str, type[Setting]] = {kind.kind: kind for kind in (Float, Int, Choice)}
+
+
+def setting_of(tree: Any) -> Setting:
+    """The setting that YAML describes: {float: [LOW, HIGH], log: true}, {int: [1, 9], step: 2}, {choice: [a, b]}."""
+    if isinstance(tree, Setting):
+        return tree
+    named = [kind for kind in KINDS if isinstance(tree, Mapping) and kind in tree]
+    if len(named) != 1:
+        raise SearchError(
+            f"should be {{float: [LOW, HIGH]}}, {{int: [LOW, HIGH]}} or {{choice: [...]}}, found {tree!r}"
+        )
+    kind, rest = named[0], {key: value for key, value in tree.items() if key != named[0]}
+    known = ("when",) if kind == "choice" else ("log", "step", "when")
+    if unknown := [key for key in rest if key not in known]:
+        raise SearchError(f"a setting of kind {kind} has no key {unknown[0]!r}; known: {', '.join(known)}")
+    if kind == "choice":
+        return Choice.of(tree[kind], **rest)
+    if not (isinstance(tree[kind], (list, tuple)) and len(tree[kind]) == 2):
+        raise SearchError(f"{kind} should be [LOW, HIGH], found {tree[kind]!r}")
+    return KINDS[kind](*tree[kind], **rest)  # type: ignore[call-arg]

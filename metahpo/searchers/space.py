@@ -1,0 +1,171 @@
+"""A space of settings: what a search may set, by name."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+
+from metahpo.errors import SearchError, did_you_mean
+from metahpo.searchers.settings import Choice, Float, Int, Setting, same, setting_of
+
+Settings = dict[str, Any]
+
+
+class Space:
+    """Settings by name: ``Space(lr=Float(1e-3, 1, log=True))`` or, by dotted keys, ``Space({"a.b": Int(1, 9)})``.
+
+    A setting with ``when={"rule": "sgd"}`` exists only where ``rule`` is "sgd" (a list: one of these). Equal spaces
+    have the same settings in the same order; ``Space.of(space.tree()) == space``, and so is what ``repr`` gives.
+    Raises SearchError, which names the setting.
+    """
+
+    def __init__(self, settings: Mapping[str, Setting] | None = None, /, **named: Setting):
+        self.settings: dict[str, Setting] = {**(settings or {}), **named}
+        if not self.settings:
+            raise SearchError("space: has no setting; expected at least one, such as inner_lr=Float(1e-3, 1, log=True)")
+        for name, setting in self.settings.items():
+            if not isinstance(name, str) or not name:
+                raise SearchError(f"space: a setting's name should be text, found {name!r}")
+            if not isinstance(setting, Setting):
+                raise SearchError(f"space.{name}: should be a Float, an Int or a Choice, found {setting!r}")
+        self._check_conditions()
+
+    @classmethod
+    def of(cls, tree: Any) -> Space:
+        """The space that plain values describe, as YAML gives them; see ``setting_of``. All errors at once."""
+        if not isinstance(tree, Mapping):
+            raise SearchError(f"space: should be a section of settings, found {tree!r}")
+        settings, lines = {}, []
+        for name, setting in tree.items():
+            try:
+                settings[name] = setting_of(setting)
+            except SearchError as error:
+                lines.append(f"space.{name}: {error}")
+        if lines:
+            raise SearchError("\n".join(lines))
+        return cls(settings)
+
+    def tree(self) -> dict[str, Any]:
+        """The space in plain values, for YAML or JSON."""
+        return {name: setting.tree() for name, setting in self.settings.items()}
+
+    def __repr__(self) -> str:
+        return f"Space({self.settings!r})"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Space) and list(self.settings.items()) == list(other.settings.items())
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.settings)
+
+    def __len__(self) -> int:
+        return len(self.settings)
+
+    def __getitem__(self, name: str) -> Setting:
+        return self.settings[name]
+
+    # Settings of one trial.
+
+    def active(self, settings: Mapping[str, Any]) -> list[str]:
+        """The names that exist given the others' values, in the space's order."""
+        there: dict[str, bool] = {}
+        for name in self._order:
+            there[name] = all(
+                there[other] and other in settings and any(same(settings[other], v) for v in values)
+                for other, values in self.settings[name].when.items()
+            )
+        return [name for name in self.settings if there[name]]
+
+    def check(self, settings: Mapping[str, Any]) -> None:
+        """Raises SearchError unless ``settings`` has a value of the right type and range for each that exists."""
+        if unknown := [name for name in settings if name not in self.settings]:
+            raise SearchError(f"no setting {unknown[0]!r} in the space; {did_you_mean(unknown[0], self.settings)}")
+        active = self.active(settings)
+        for name in self.settings:
+            if name in active and name not in settings:
+                raise SearchError(f"setting {name!r} is missing")
+            if name not in active and name in settings:
+                raise SearchError(f"setting {name!r} should not be there: it exists when {self.settings[name].when}")
+        for name in active:
+            try:
+                self.settings[name].check(settings[name])
+            except SearchError as error:
+                raise SearchError(f"setting {name!r} {error}") from None
+
+    def decode(self, units: np.ndarray) -> Settings:
+        """The settings at a point [D] of the unit cube, a coordinate each; those that do not exist are left out."""
+        settings = {name: setting.at(float(u)) for (name, setting), u in zip(self.settings.items(), units)}
+        return {name: settings[name] for name in self.active(settings)}
+
+    def encode(self, settings: Mapping[str, Any], missing: float = 0.5) -> np.ndarray:
+        """The point [D] of the unit cube; ``missing`` for a setting that does not exist."""
+        return np.array(
+            [setting.unit(settings[n]) if n in settings else missing for n, setting in self.settings.items()]
+        )
+
+    def sample(self, rng: np.random.Generator) -> Settings:
+        """Settings at random, each from its own distribution."""
+        return self.decode(rng.random(len(self)))
+
+    def grid(self) -> Iterator[Settings]:
+        """All settings there are, the last one's values changing fastest.
+
+        Raises SearchError, which names it, for a continuous range without a step.
+        """
+        for name, setting in self.settings.items():
+            if math.isinf(setting.count):
+                raise SearchError(f"space.{name}: {setting.label} is a continuous range; a grid needs its step")
+        return self._grid({}, self._order)
+
+    def _grid(self, chosen: Settings, names: list[str]) -> Iterator[Settings]:
+        if not names:
+            yield {name: chosen[name] for name in self.settings if name in chosen}
+            return
+        exists = all(
+            other in chosen and any(same(chosen[other], v) for v in values)
+            for other, values in self.settings[names[0]].when.items()
+        )
+        for value in self.settings[names[0]].values() if exists else (None,):
+            yield from self._grid({**chosen, names[0]: value} if exists else chosen, names[1:])
+
+    # Conditions.
+
+    def _check_conditions(self) -> None:
+        for name, setting in self.settings.items():
+            for other, values in setting.when.items():
+                if other not in self.settings:
+                    raise SearchError(f"space.{name}: when names {other!r}, {did_you_mean(other, self.settings)}")
+                if isinstance(self.settings[other], Float):
+                    raise SearchError(f"space.{name}: when names {other!r}, which should be a Choice or an Int")
+                for value in values:
+                    try:
+                        self.settings[other].check(value)
+                    except SearchError as error:
+                        raise SearchError(f"space.{name}: when {other!r} {error}") from None
+        # Those that others depend on come first.
+        self._order: list[str] = []
+        while left := [name for name in self.settings if name not in self._order]:
+            ready = [name for name in left if all(other in self._order for other in self.settings[name].when)]
+            if not ready:
+                raise SearchError(f"space.{left[0]}: when goes round in a circle")
+            self._order += ready
+
+
+def numeric(setting: Setting) -> bool:
+    """Whether the setting's values have an order."""
+    return isinstance(setting, (Float, Int))
+
+
+def one_hot(space: Space, points: np.ndarray) -> np.ndarray:
+    """Points [N, D] of the unit cube with a column for each option of a Choice: [N, D'] (inactive ones as encoded)."""
+    columns = []
+    for setting, column in zip(space.settings.values(), points.T):
+        if isinstance(setting, Choice):
+            index = np.minimum((column * len(setting.options)).astype(int), len(setting.options) - 1)
+            columns += list(np.eye(len(setting.options))[index].T)
+        else:
+            columns.append(column)
+    return np.stack(columns, axis=1)
