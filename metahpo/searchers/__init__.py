@@ -4,9 +4,14 @@ from metahpo.searchers.base import History as History
 from metahpo.searchers.base import Observation as Observation
 from metahpo.searchers.base import Proposal as Proposal
 from metahpo.searchers.base import Searcher as Searcher
+from metahpo.searchers.executors import Processes as Processes
 from metahpo.searchers.grid import Grid as Grid
+from metahpo.searchers.outcome import Outcome as Outcome
 from metahpo.searchers.random import Random as Random
+from metahpo.searchers.records import TrialRecord as TrialRecord
 from metahpo.searchers.space import Choice as Choice
 from metahpo.searchers.space import Float as Float
 from metahpo.searchers.space import Int as Int
 from metahpo.searchers.space import Space as Space
+from metahpo.searchers.study import Study as Study
+from metahpo.searchers.trial import Trial as Trial

@@ -1,0 +1,146 @@
+"""The interface of an executor, and what each of its workers does with a trial."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+import traceback
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from metahpo.errors import MetaHPOError
+from metahpo.searchers.lock import FileLock
+from metahpo.searchers.outcome import Outcome
+from metahpo.searchers.trial import Job, Trial
+from metahpo.training.checkpoint import write_atomically
+
+Objective = Callable[[Trial], Any]
+
+# The next coordinator may be there before a worker of the last one has noticed that it is gone.
+ORPHAN_SECONDS = 60.0
+MOST_TEXT = 20_000
+
+
+@dataclass(frozen=True)
+class Result:
+    """How a trial ended: with scores, or with an error."""
+
+    scores: tuple[float, ...] | None = None
+    error: str | None = None
+    gradients: Mapping[str, float] = field(default_factory=dict)
+    notes: Mapping[str, Any] = field(default_factory=dict)
+    reports: Mapping[int, float] = field(default_factory=dict)
+    seconds: float = 0.0
+
+    @classmethod
+    def of(cls, given: Any, **rest: Any) -> Result:
+        """From what an objective gave; what is no score, or is not finite, is an error."""
+        outcome = given if isinstance(given, Outcome) else Outcome(given)
+        scores = outcome.score if isinstance(outcome.score, (tuple, list)) else (outcome.score,)
+        try:
+            numbers = tuple(float(score) for score in scores)
+        except (TypeError, ValueError):
+            return cls(
+                error=f"the objective gave {given!r:.200}, expected a number, a tuple of them, or an Outcome", **rest
+            )
+        if not numbers or not all(map(math.isfinite, numbers)):
+            return cls(error=f"the score is {', '.join(map(str, numbers)) or 'empty'}", **rest)
+        gradients = {name: float(value) for name, value in outcome.gradients.items() if math.isfinite(value)}
+        return cls(numbers, gradients=gradients, notes=dict(outcome.notes), **rest)
+
+
+@dataclass(frozen=True)
+class Reported:
+    number: int
+    step: int
+    score: float
+
+
+@dataclass(frozen=True)
+class Finished:
+    number: int
+    result: Result
+
+
+@dataclass(frozen=True)
+class Died:
+    """The worker of a trial ended before the trial did. why: how, in a few words."""
+
+    number: int
+    why: str
+
+
+Event = Reported | Finished | Died
+
+
+class Executor:
+    """Runs trials, at most ``workers`` at a time. Subclasses write all four methods."""
+
+    workers: int = 1
+
+    def start(self, objective: Objective, folder: Path | None) -> None:
+        """Called once before the first ``submit``. folder: where logs may go."""
+        raise NotImplementedError
+
+    def submit(self, job: Job) -> None:
+        raise NotImplementedError
+
+    def wait(self, emit: Callable[[Event], None], seconds: float) -> None:
+        """Hands on what has happened; waits for it up to about ``seconds``."""
+        raise NotImplementedError
+
+    def stop(self, grace: float) -> None:
+        """Ends the workers: those at work are asked to, and killed ``grace`` seconds later."""
+        raise NotImplementedError
+
+
+def run_job(objective: Objective, job: Job, report: Callable[[int, float], None]) -> Result:
+    """Runs a trial to its end, unless it has ended before: then its result is still there.
+
+    What the objective raises is the trial's error; KeyboardInterrupt and SystemExit are let through.
+    """
+    with ExitStack() as stack:
+        if job.result:
+            lock = FileLock(job.result.with_suffix(".lock"), f"trial {job.number}", ORPHAN_SECONDS)
+            stack.enter_context(lock)
+            if (found := read_result(job.result)) is not None:
+                return found
+        trial, started = Trial(job, report), time.perf_counter()
+        try:
+            given, error = objective(trial), None
+        except Exception as raised:
+            given, error = None, _told(raised)
+        rest = {"reports": trial.reports, "seconds": time.perf_counter() - started}
+        result = Result.of(given, **rest) if error is None else Result(error=error, **rest)
+        if job.result:
+            write_result(job.result, result)
+        return result
+
+
+def write_result(path: Path, result: Result) -> None:
+    write_atomically(path, json.dumps(asdict(result), default=str).encode())
+
+
+def read_result(path: Path) -> Result | None:
+    """The result left in a file, or None."""
+    try:
+        tree = json.loads(path.read_text())
+    except FileNotFoundError:
+        return None
+    tree["scores"] = tree["scores"] and tuple(tree["scores"])
+    tree["reports"] = {int(step): score for step, score in tree["reports"].items()}
+    return Result(**tree)
+
+
+def _told(error: Exception) -> str:
+    # metahpo's own errors are written to be read alone.
+    text = (
+        f"{type(error).__name__}: {error}"
+        if isinstance(error, MetaHPOError)
+        else "".join(traceback.format_exception(error))
+    )
+    return text[-MOST_TEXT:]

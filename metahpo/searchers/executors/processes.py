@@ -1,0 +1,133 @@
+"""Trials in processes of this machine, each with its share of the cores."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+
+import cloudpickle
+
+from metahpo.errors import SearchError
+from metahpo.searchers.executors.base import Died, Event, Executor, Objective
+from metahpo.searchers.trial import Job
+
+# What sets the number of threads of the libraries that torch and NumPy compute with.
+THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+
+
+class Processes(Executor):
+    """``workers`` processes, each with ``threads`` threads (default: its share of the cores).
+
+    The objective is sent by cloudpickle: functions of a notebook or a script will do, without a main guard. What it
+    prints goes to workers/N.log in the study's folder. A worker that dies is replaced; when the study's own process
+    dies, however that happens, its workers end at once.
+    """
+
+    def __init__(self, workers: int, threads: int | None = None):
+        if workers < 1:
+            raise SearchError(f"workers should be at least 1, found {workers}")
+        self.workers = workers
+        self.threads = threads or max(1, len(os.sched_getaffinity(0)) // workers)
+        self._workers: dict[int, _Worker] = {}
+
+    def start(self, objective: Objective, folder: Path | None) -> None:
+        try:
+            self._objective = cloudpickle.dumps(objective)
+        except Exception as error:
+            raise SearchError(f"the objective cannot be sent to other processes: {error}") from error
+        self._folder = (folder or Path(tempfile.gettempdir())) / "workers" if folder else None
+
+    def submit(self, job: Job) -> None:
+        place = next(i for i in range(self.workers) if i not in self._workers or self._workers[i].job is None)
+        if place not in self._workers:
+            self._workers[place] = _Worker(
+                self._objective, self.threads, self._folder and self._folder / f"{place}.log"
+            )
+        self._workers[place].send(job)
+
+    def wait(self, emit: Callable[[Event], None], seconds: float) -> None:
+        busy = {worker.connection: place for place, worker in self._workers.items() if worker.job}
+        for connection in wait(list(busy), seconds):
+            place = busy[connection]  # type: ignore[index]
+            worker = self._workers[place]
+            assert worker.job is not None
+            number = worker.job.number
+            try:
+                event = worker.connection.recv()
+            except (EOFError, OSError):
+                del self._workers[place]
+                emit(Died(number, worker.end()))
+                continue
+            if isinstance(event, BaseException):
+                raise event
+            if not hasattr(event, "step"):
+                worker.job = None
+            emit(event)
+
+    def stop(self, grace: float) -> None:
+        deadline = time.monotonic() + grace
+        for worker in self._workers.values():
+            worker.process.send_signal(signal.SIGTERM if worker.job else signal.SIGKILL)
+        for worker in self._workers.values():
+            try:
+                worker.process.wait(max(0.0, deadline - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                worker.process.kill()
+            worker.end()
+        self._workers.clear()
+
+    def pids(self) -> dict[int, int]:
+        """The process of each trial at work, by the trial's number."""
+        return {worker.job.number: worker.process.pid for worker in self._workers.values() if worker.job}
+
+
+class _Worker:
+    """One process, and this end of the line to it."""
+
+    def __init__(self, objective: bytes, threads: int, log: Path | None):
+        ours, theirs = socket.socketpair()
+        environment = {**os.environ, **dict.fromkeys(THREADS, str(threads)), "METAHPO_THREADS": str(threads)}
+        # What the objective's own module was imported from.
+        environment["PYTHONPATH"] = os.pathsep.join(path or os.getcwd() for path in sys.path)
+        if log:
+            log.parent.mkdir(parents=True, exist_ok=True)
+        with theirs, open(log, "ab") if log else open(os.devnull, "wb") as out:
+            command = [sys.executable, "-m", "metahpo.searchers.executors.worker", str(theirs.fileno())]
+            # In a session of its own, where Ctrl-C does not reach it: the study decides what becomes of its trial.
+            self.process = subprocess.Popen(
+                command,
+                env=environment,
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=out,
+                start_new_session=True,
+            )
+        self.connection = Connection(ours.detach())
+        self.job: Job | None = None
+        self._objective: bytes | None = objective
+
+    def send(self, job: Job) -> None:
+        self.job = job
+        try:
+            if self._objective is not None:
+                self.connection.send_bytes(self._objective)
+                self._objective = None
+            self.connection.send(job)
+        except OSError:
+            pass  # It is dead, which ``wait`` finds out.
+
+    def end(self) -> str:
+        """How it ended."""
+        self.process.wait()
+        self.connection.close()
+        code = self.process.returncode
+        return f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit status {code}"

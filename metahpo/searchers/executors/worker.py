@@ -1,0 +1,55 @@
+"""A worker process of ``Processes``: takes trials from a socket, runs them, and sends back what happens."""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+from multiprocessing.connection import Connection
+from queue import SimpleQueue
+from typing import Any
+
+import cloudpickle
+
+
+def main() -> None:
+    connection = Connection(int(sys.argv[1]))
+    inbox: SimpleQueue[Any] = SimpleQueue()
+    threading.Thread(target=_listen, args=(connection, inbox), daemon=True).start()
+    content = inbox.get()
+
+    import torch
+
+    from metahpo.searchers.executors.base import Finished, Reported, run_job
+
+    torch.set_num_threads(int(os.environ["METAHPO_THREADS"]))
+    try:
+        objective = cloudpickle.loads(content)
+    except Exception as error:
+        from metahpo.errors import SearchError
+
+        connection.send(
+            SearchError(f"the objective cannot be read in another process: {type(error).__name__}: {error}")
+        )
+        return
+    while True:
+        job = inbox.get()
+
+        def report(step: int, score: float, number: int = job.number) -> None:
+            connection.send(Reported(number, step, score))
+
+        connection.send(Finished(job.number, run_job(objective, job, report)))
+
+
+def _listen(connection: Connection, inbox: SimpleQueue[Any]) -> None:
+    """Ends the process as soon as the study's is gone, whatever the objective is doing."""
+    try:
+        inbox.put(connection.recv_bytes())
+        while True:
+            inbox.put(connection.recv())
+    finally:
+        os._exit(1)
+
+
+if __name__ == "__main__":
+    main()

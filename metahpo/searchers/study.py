@@ -1,0 +1,327 @@
+"""A search: trials asked for, run, told and kept."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from metahpo.errors import SearchError
+from metahpo.searchers.base import History, Observation, Proposal, Searcher
+from metahpo.searchers.coordinator import Coordinator
+from metahpo.searchers.executors.base import Executor, Objective, Result
+from metahpo.searchers.executors.processes import Processes
+from metahpo.searchers.executors.serial import Serial
+from metahpo.searchers.front import pareto_front, scalarised
+from metahpo.searchers.lock import FileLock
+from metahpo.searchers.random import Random
+from metahpo.searchers.records import TrialRecord
+from metahpo.searchers.space import Space
+from metahpo.searchers.store import StudyStore, sqlite_path
+from metahpo.searchers.trial import Job, Trial
+
+Direction = Literal["minimize", "maximize"]
+
+
+class Study:
+    """A search over ``space`` by ``searcher`` (default: ``Random()``).
+
+    storage: the path of an SQLite file, made at first use; a database URL; or None, which keeps the study in memory.
+    The same study is gone on with when it is there already, after a crash too. folder: where trials keep their files
+    (default: study.files beside study.db). direction: "minimize", "maximize", or a list of them, one an objective.
+    seed: the same seed gives the same trials. parallel: the workers by whose number the searcher's view of the results
+    is ordered (see ``VirtualClock``; default: those of the first ``optimize``); with the same ``parallel`` any number
+    of workers gives the same trials.
+
+    One process alone writes to a study: a second one is refused. Raises SearchError.
+    """
+
+    def __init__(
+        self,
+        space: Space,
+        searcher: Searcher | None = None,
+        storage: str | Path | None = None,
+        direction: Direction | Sequence[Direction] = "minimize",
+        seed: int = 0,
+        *,
+        folder: str | Path | None = None,
+        parallel: int | None = None,
+        name: str = "study",
+    ):
+        self.space, self.searcher, self.seed, self.name = space, searcher or Random(), seed, name
+        self.directions: list[str] = [direction] if isinstance(direction, str) else list(direction)
+        if not self.directions or set(self.directions) - {"minimize", "maximize"}:
+            raise SearchError(f"direction: should be minimize, maximize, or a list of these, found {direction!r}")
+        self.searcher.check(space)
+        self.parallel = parallel
+        self.folder = _folder(storage, folder, name)
+        self._lock = _locked(storage, self.folder)
+        try:
+            self._store = StudyStore(storage, name)
+            self._begin()
+        except BaseException:
+            if self._lock:
+                self._lock.release()
+            raise
+
+    def _begin(self) -> None:
+        kept = {"space": self.space.tree(), "directions": self.directions, "seed": self.seed}
+        kept |= {"searcher": repr(self.searcher), "parallel": self.parallel}
+        if not self._store.exists():
+            self._store.create(kept)
+        else:
+            there = self._store.kept()
+            _check_same(there, kept, self._store.storage)
+            if self.parallel is None:
+                self.parallel = there["parallel"]
+            elif self.parallel != there["parallel"]:
+                self._store.set_kept(kept)
+        self._kept = {**kept, "parallel": self.parallel}
+        self._records = self._store.records(self.space)
+
+    @classmethod
+    def open(cls, storage: str | Path, *, folder: str | Path | None = None, name: str = "study") -> Study:
+        """A study that is there, to look at: nothing can be asked or told. It may be at work in another process."""
+        path = sqlite_path(storage)
+        if path and not path.exists():
+            raise SearchError(f"{storage}: there is no such study file")
+        study = cls.__new__(cls)
+        study._store, study._lock, study.name = StudyStore(storage, name), None, name
+        kept = study._kept = study._store.kept()
+        study.space, study.directions, study.seed = Space.of(kept["space"]), kept["directions"], kept["seed"]
+        study.searcher, study.folder, study.parallel = Random(), _folder(storage, folder, name), kept["parallel"]
+        study._records = study._store.records(study.space)
+        return study
+
+    def close(self) -> None:
+        """Lets go of the study, which another process may then go on with."""
+        self._store.close()
+        if self._lock:
+            self._lock.release()
+
+    def __enter__(self) -> Study:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    # What there is.
+
+    @property
+    def trials(self) -> list[TrialRecord]:
+        """All trials, by number."""
+        return list(self._records)
+
+    @property
+    def best(self) -> TrialRecord | None:
+        """The complete trial with the best first score, among those with the largest budget; None if there is none."""
+        complete = [r for r in self._records if r.state == "complete"]
+        most = max((_budget(r) for r in complete), default=None)
+        signs = self._signs()
+        ranked = [r for r in complete if _budget(r) == most]
+        return min(ranked, key=lambda r: (signs[0] * (r.score or 0.0), r.number), default=None)
+
+    @property
+    def front(self) -> list[TrialRecord]:
+        """The complete trials that no other one beats in all objectives, by the first objective."""
+        complete = [r for r in self._records if r.state == "complete"]
+        losses = np.array([self._losses(r) for r in complete]).reshape(len(complete), len(self.directions))
+        return sorted((complete[i] for i in pareto_front(losses)), key=lambda r: self._losses(r) or ())
+
+    def history(self, seen: set[int] | None = None) -> History:
+        """What a searcher sees: all trials, of which those not in ``seen`` are pending."""
+        observations = []
+        for record in self._records:
+            pending = record.state == "running" or (seen is not None and record.number not in seen)
+            observations.append(
+                Observation(
+                    record.number,
+                    record.settings,
+                    "pending" if pending else record.state,  # type: ignore[arg-type]
+                    None if pending else self._losses(record),
+                    record.budget,
+                    record.parent,
+                    record.notes,
+                    {} if pending else {k: self._signs()[0] * v for k, v in record.gradients.items()},
+                )
+            )
+        return History(observations)
+
+    def _signs(self) -> list[float]:
+        return [-1.0 if direction == "maximize" else 1.0 for direction in self.directions]
+
+    def _losses(self, record: TrialRecord) -> tuple[float, ...] | None:
+        return record.scores and tuple(sign * score for sign, score in zip(self._signs(), record.scores))
+
+    # Asked and told by hand.
+
+    def ask(self, settings: Mapping[str, Any] | None = None) -> Trial:
+        """The next trial, with settings of your own if you give some. Raises SearchError when the search is over."""
+        if settings is not None:
+            proposal = Proposal(dict(settings))
+            self.space.check(settings)
+        else:
+            proposal = self.suggest(None)
+            if proposal is None:
+                more = "before a trial that is at work is told" if self.history().pending else "any more: it is over"
+                raise SearchError(f"{self.searcher!r} suggests nothing {more}")
+        number = self.add(proposal)
+        return Trial(self.job(number), lambda step, score: self.report(number, step, score))
+
+    def tell(self, trial: Trial | int, score: Any = None, error: str | None = None) -> TrialRecord:
+        """Ends a trial with what its objective gave (a score, a tuple of them, an ``Outcome``), or with an error."""
+        number = trial if isinstance(trial, int) else trial.number
+        if not 0 <= number < len(self._records):
+            raise SearchError(f"tell: there is no trial {number}; the study has {len(self._records)}")
+        if self._records[number].state != "running":
+            raise SearchError(f"tell: trial {number} has ended already: {self._records[number].state}")
+        return self.end(number, Result(error=error) if error is not None else Result.of(score))
+
+    # Run.
+
+    def optimize(
+        self,
+        objective: Objective,
+        trials: int | None = None,
+        workers: int | Executor = 1,
+        *,
+        budget: float | None = None,
+        max_failures: int = 10,
+        max_attempts: int = 3,
+        on_trial: Callable[[TrialRecord], None] | None = None,
+    ) -> TrialRecord | None:
+        """Runs trials until there are ``trials`` of them in all, or the searcher has no more; returns the best.
+
+        objective: called with a ``Trial``; gives a score, a tuple of them, or an ``Outcome``. workers: 1: in this
+        process; more: as many processes; or an executor. budget: no trial is begun once those there have used that much
+        together. Trials that were at work when a study ended are run again first, each from what it kept in its folder;
+        one whose worker dies is, too, at most ``max_attempts`` times in all. A trial that raises is kept as failed;
+        after ``max_failures`` in a row the search stops with a SearchError. on_trial: called with each that has ended.
+
+        Ctrl-C or SIGTERM asks the trainings at work to save themselves and raises ``Interrupted``.
+        """
+        executor = workers if isinstance(workers, Executor) else Processes(workers) if workers != 1 else Serial()
+        if self.parallel is None:
+            self.parallel = self._kept["parallel"] = executor.workers
+            self._store.set_kept(self._kept)
+        Coordinator(self, executor, trials, budget, max_failures, max_attempts, on_trial).run(objective)
+        return self.best
+
+    # What the coordinator needs.
+
+    def suggest(self, seen: set[int] | None) -> Proposal | None:
+        """The searcher's next proposal, checked; seen: the trials whose results it may know, None: all that ended."""
+        rng = np.random.default_rng([self.seed, len(self._records)])
+        given = self.searcher.suggest(scalarised(self.history(seen), rng), self.space, rng)
+        if given is None:
+            return None
+        proposal = given if isinstance(given, Proposal) else Proposal(given)
+        try:
+            self.space.check(proposal.settings)
+        except SearchError as error:
+            raise SearchError(f"{self.searcher!r} suggested what is not in the space: {error}") from error
+        return proposal
+
+    def add(self, proposal: Proposal, times: tuple[float, float, int] | None = None) -> int:
+        """Writes a new trial down, at work; gives its number."""
+        number = self._store.add(proposal, times, self.space)
+        self._refresh(number)
+        return number
+
+    def duration(self, proposal: Proposal) -> float:
+        """How much training a trial adds to that which it goes on from; 1 where there are no budgets."""
+        if proposal.budget is None:
+            return 1.0
+        before = None if proposal.parent is None else self._records[proposal.parent].budget
+        return max(proposal.budget - (before or 0.0), 0.0)
+
+    def job(self, number: int) -> Job:
+        record = self._records[number]
+        seed = int(np.random.SeedSequence([self.seed, number]).generate_state(1)[0])
+        return Job(
+            number,
+            record.settings,
+            seed,
+            record.budget,
+            self._path("trials", number),
+            None if record.parent is None else self._path("trials", record.parent),
+            self.result_path(number),
+            record.deaths,
+        )
+
+    def result_path(self, number: int) -> Path | None:
+        """Where a worker leaves the result of a trial until it is told."""
+        path = self._path("results", number)
+        return path and path.with_suffix(".json")
+
+    def _path(self, kind: str, number: int) -> Path | None:
+        return self.folder and self.folder / kind / f"{number:05d}"
+
+    def report(self, number: int, step: int, score: float) -> None:
+        self._store.report(number, step, score)
+
+    def died(self, number: int) -> TrialRecord:
+        self._store.died(number, self._records[number].deaths + 1)
+        return self._refresh(number)
+
+    def end(self, number: int, result: Result) -> TrialRecord:
+        """Ends a trial; of a result with another number of scores than the study's objectives the trial fails."""
+        if result.scores is not None and len(result.scores) != len(self.directions):
+            found, expected = len(result.scores), len(self.directions)
+            result = replace(result, scores=None, error=f"the objective gave {found} scores, expected {expected}")
+        self._store.end(number, result)
+        if path := self.result_path(number):
+            for left in (path, path.with_suffix(".lock")):
+                left.unlink(missing_ok=True)
+        return self._refresh(number)
+
+    def _refresh(self, number: int) -> TrialRecord:
+        record = self._store.record(number, self.space)
+        self._records[number : number + 1] = [record]
+        return record
+
+
+def _check_same(there: Mapping[str, Any], kept: Mapping[str, Any], storage: Any) -> None:
+    """Raises SearchError, naming what differs, if the study that is there is of another search."""
+    for name in [*there["space"], *(n for n in kept["space"] if n not in there["space"])]:
+        found, asked = there["space"].get(name, "nothing"), kept["space"].get(name, "nothing")
+        if found != asked:
+            raise SearchError(f"{storage} is a study of another space: it has {found} for {name!r}, asked was {asked}")
+    if list(there["space"]) != list(kept["space"]):
+        raise SearchError(
+            f"{storage} is a study of another space: its settings are in the order {list(there['space'])}"
+        )
+    for key in ("directions", "seed", "searcher"):
+        if there[key] != kept[key]:
+            raise SearchError(f"{storage} is a study with {key} {there[key]}, asked was {kept[key]}; use another file")
+
+
+def _budget(record: TrialRecord) -> float:
+    return math.inf if record.budget is None else record.budget
+
+
+def _folder(storage: str | Path | None, folder: str | Path | None, name: str) -> Path | None:
+    """Where a study's trials and results are kept; None for one in memory."""
+    if folder is not None:
+        return Path(folder)
+    if storage is None:
+        return None
+    path = sqlite_path(storage)
+    base = path.with_suffix(".files") if path else Path("runs") / "studies"
+    return base / name if name != "study" or not path else base
+
+
+def _locked(storage: str | Path | None, folder: Path | None) -> FileLock | None:
+    path = sqlite_path(storage) if storage is not None else None
+    if path:
+        lock = FileLock(path.with_name(f"{path.name}.lock"), f"study {storage}")
+    elif folder:
+        lock = FileLock(folder / "study.lock", f"study {storage or folder}")
+    else:
+        return None
+    lock.acquire()
+    return lock
