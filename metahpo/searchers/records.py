@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -37,3 +38,12 @@ class TrialRecord:
     def score(self) -> float | None:
         """The first objective's."""
         return self.scores[0] if self.scores else None
+
+
+def plain(tree: Any) -> Any:
+    """The same in plain values, as it will be read back: tuples as lists, what JSON does not know as its text."""
+    return json.loads(json.dumps(tree, default=_plain))
+
+
+def _plain(value: Any) -> Any:
+    return value.item() if hasattr(value, "item") else dict(value) if isinstance(value, Mapping) else str(value)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,6 @@ from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from metahpo.errors import SearchError, one_line
-from metahpo.searchers.base import Proposal
 from metahpo.searchers.executors.base import Result
 from metahpo.searchers.records import TrialRecord
 from metahpo.searchers.settings import Choice, Float, Int, Setting
@@ -85,22 +84,17 @@ class StudyStore:
         self._ids = {trial.number: trial._trial_id for trial in trials}
         return [_record(trial, space) for trial in trials]
 
-    def record(self, number: int, space: Space) -> TrialRecord:
-        return _record(self._backend.get_trial(self._ids[number]), space)
-
-    def add(self, proposal: Proposal, clock: Sequence[float] | None, space: Space) -> int:
+    def add(self, record: TrialRecord, space: Space) -> int:
         """A new trial, at work, in one transaction; gives its number."""
         assert self._study is not None
-        kept = {"budget": proposal.budget, "parent": proposal.parent, "notes": dict(proposal.notes)}
-        kept |= {"settings": proposal.settings, "clock": list(clock) if clock else None}
+        kept = {key: getattr(record, key) for key in ("settings", "budget", "parent", "notes", "clock")}
+        # Those that a dashboard's table should show.
+        shown = {key: kept[key] for key in ("budget", "parent") if kept[key] is not None}
         template = create_trial(
             state=TrialState.RUNNING,
-            params={name: _parameter(space[name], value) for name, value in proposal.settings.items()},
-            distributions={name: distribution(space[name]) for name in proposal.settings},
-            user_attrs={
-                "metahpo": kept,
-                **{k: v for k, v in kept.items() if k in ("budget", "parent") and v is not None},
-            },
+            params={name: _parameter(space[name], value) for name, value in record.settings.items()},
+            distributions={name: distribution(space[name]) for name in record.settings},
+            user_attrs={"metahpo": kept, **shown},
         )
         trial = self._backend.create_new_trial(self._study, template)
         number = self._backend.get_trial_number_from_id(trial)
@@ -116,12 +110,8 @@ class StudyStore:
     def end(self, number: int, result: Result) -> None:
         """Ends a trial that is at work; the state comes last, so that it has ended whole or not at all."""
         trial = self._ids[number]
-        there = self._backend.get_trial(trial).intermediate_values
-        for step, score in result.reports.items():
-            if step not in there:
-                self.report(number, step, score)
-        details = {"seconds": result.seconds, "gradients": dict(result.gradients), "notes": dict(result.notes)}
-        self._backend.set_trial_user_attr(trial, "result", json.loads(json.dumps(details, default=str)))
+        details = {"seconds": result.seconds, "gradients": result.gradients, "notes": result.notes}
+        self._backend.set_trial_user_attr(trial, "result", details)
         if result.error is not None:
             self._backend.set_trial_user_attr(trial, "error", result.error)
         state = TrialState.FAIL if result.scores is None else TrialState.COMPLETE
@@ -191,10 +181,6 @@ def _open(storage: str | Path | None) -> BaseStorage:
         # A reader, such as a dashboard, may hold the file for a moment.
         return RDBStorage(url, engine_kwargs={"connect_args": {"timeout": 60}} if path else None)
     except Exception as error:  # SQLAlchemy's, Alembic's and the drivers' have no common base.
-        if "no longer compatible" in str(error):
-            raise SearchError(
-                f"{storage}: was made by a newer Optuna than the one installed: {one_line(error)}"
-            ) from error
         what = "is not a study file" if path else "cannot be opened as a database"
         raise SearchError(f"{storage} {what}: {one_line(error).partition(' [SQL')[0]}") from error
 

@@ -19,7 +19,7 @@ from metahpo.searchers.executors.serial import Serial
 from metahpo.searchers.front import pareto_front, scalarised
 from metahpo.searchers.lock import FileLock
 from metahpo.searchers.random import Random
-from metahpo.searchers.records import TrialRecord
+from metahpo.searchers.records import TrialRecord, plain
 from metahpo.searchers.space import Space
 from metahpo.searchers.store import StudyStore, sqlite_path
 from metahpo.searchers.trial import Job, Trial
@@ -228,8 +228,15 @@ class Study:
 
     def add(self, proposal: Proposal, times: tuple[float, float, int] | None = None) -> int:
         """Writes a new trial down, at work; gives its number."""
-        number = self._store.add(proposal, times, self.space)
-        self._refresh(number)
+        number, notes = len(self._records), plain(proposal.notes)
+        record = TrialRecord(
+            number, proposal.settings, "running", None, None, proposal.budget, proposal.parent, notes, clock=times
+        )
+        if self._store.add(record, self.space) != number:
+            raise SearchError(
+                f"{self._store.storage}: another process has written to study {self.name!r}; open it anew"
+            )
+        self._records.append(record)
         return number
 
     def duration(self, proposal: Proposal) -> float:
@@ -262,27 +269,39 @@ class Study:
         return self.folder and self.folder / kind / f"{number:05d}"
 
     def report(self, number: int, step: int, score: float) -> None:
+        record = self._records[number]
         self._store.report(number, step, score)
+        self._records[number] = replace(record, reports={**record.reports, step: score})
 
     def died(self, number: int) -> TrialRecord:
-        self._store.died(number, self._records[number].deaths + 1)
-        return self._refresh(number)
+        record = self._records[number]
+        self._records[number] = replace(record, deaths=record.deaths + 1)
+        self._store.died(number, record.deaths + 1)
+        return self._records[number]
 
     def end(self, number: int, result: Result) -> TrialRecord:
         """Ends a trial; of a result with another number of scores than the study's objectives the trial fails."""
         if result.scores is not None and len(result.scores) != len(self.directions):
             found, expected = len(result.scores), len(self.directions)
             result = replace(result, scores=None, error=f"the objective gave {found} scores, expected {expected}")
+        # Some may not have arrived before the study's process was killed.
+        for step in [step for step in result.reports if step not in self._records[number].reports]:
+            self.report(number, step, result.reports[step])
         self._store.end(number, result)
         if path := self.result_path(number):
             for left in (path, path.with_suffix(".lock")):
                 left.unlink(missing_ok=True)
-        return self._refresh(number)
-
-    def _refresh(self, number: int) -> TrialRecord:
-        record = self._store.record(number, self.space)
-        self._records[number : number + 1] = [record]
-        return record
+        record = self._records[number]
+        self._records[number] = replace(
+            record,
+            state="failed" if result.scores is None else "complete",
+            scores=result.scores,
+            error=result.error,
+            notes={**record.notes, **result.notes},
+            gradients=result.gradients,
+            seconds=result.seconds,
+        )
+        return self._records[number]
 
 
 def _check_same(there: Mapping[str, Any], kept: Mapping[str, Any], storage: Any) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 from metahpo.errors import MetaHPOError
 from metahpo.searchers.lock import FileLock
 from metahpo.searchers.outcome import Outcome
+from metahpo.searchers.records import plain
 from metahpo.searchers.trial import Job, Trial
 from metahpo.training.checkpoint import write_atomically
 
@@ -50,7 +51,7 @@ class Result:
         if not numbers or not all(map(math.isfinite, numbers)):
             return cls(error=f"the score is {', '.join(map(str, numbers)) or 'empty'}", **rest)
         gradients = {name: float(value) for name, value in outcome.gradients.items() if math.isfinite(value)}
-        return cls(numbers, gradients=gradients, notes=dict(outcome.notes), **rest)
+        return cls(numbers, gradients=gradients, notes=plain(outcome.notes), **rest)
 
 
 @dataclass(frozen=True)
@@ -122,7 +123,7 @@ def run_job(objective: Objective, job: Job, report: Callable[[int, float], None]
 
 
 def write_result(path: Path, result: Result) -> None:
-    write_atomically(path, json.dumps(asdict(result), default=str).encode())
+    write_atomically(path, json.dumps(asdict(result)).encode())
 
 
 def read_result(path: Path) -> Result | None:
