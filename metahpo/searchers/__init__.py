@@ -5,6 +5,7 @@ from metahpo.searchers.base import Observation as Observation
 from metahpo.searchers.base import Proposal as Proposal
 from metahpo.searchers.base import Searcher as Searcher
 from metahpo.searchers.executors import Processes as Processes
+from metahpo.searchers.executors import Ray as Ray
 from metahpo.searchers.grid import Grid as Grid
 from metahpo.searchers.outcome import Outcome as Outcome
 from metahpo.searchers.random import Random as Random

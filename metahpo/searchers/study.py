@@ -266,7 +266,8 @@ class Study:
         return path and path.with_suffix(".json")
 
     def _path(self, kind: str, number: int) -> Path | None:
-        return self.folder and self.folder / kind / f"{number:05d}"
+        # Absolute, for a worker may be at work elsewhere.
+        return self.folder and self.folder.absolute() / kind / f"{number:05d}"
 
     def report(self, number: int, step: int, score: float) -> None:
         record = self._records[number]

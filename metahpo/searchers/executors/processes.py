@@ -23,6 +23,13 @@ from metahpo.searchers.trial import Job
 THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
 
+def shares(workers: int, threads: int | None) -> tuple[int, int]:
+    """The number of workers and of each one's threads, by default its share of the cores."""
+    if workers < 1 or (threads is not None and threads < 1):
+        raise SearchError(f"workers and threads should be at least 1, found {workers} and {threads}")
+    return workers, threads or max(1, len(os.sched_getaffinity(0)) // workers)
+
+
 class Processes(Executor):
     """``workers`` processes, each with ``threads`` threads (default: its share of the cores).
 
@@ -32,10 +39,7 @@ class Processes(Executor):
     """
 
     def __init__(self, workers: int, threads: int | None = None):
-        if workers < 1:
-            raise SearchError(f"workers should be at least 1, found {workers}")
-        self.workers = workers
-        self.threads = threads or max(1, len(os.sched_getaffinity(0)) // workers)
+        self.workers, self.threads = shares(workers, threads)
         self._workers: dict[int, _Worker] = {}
 
     def start(self, objective: Objective, folder: Path | None) -> None:
