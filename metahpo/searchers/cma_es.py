@@ -1,0 +1,154 @@
+"""CMA-ES."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from cmaes import CMA, CatCMAwM
+
+from metahpo.searchers.base import History, Proposal, Searcher, initial
+from metahpo.searchers.checks import above, at_least
+from metahpo.searchers.moves import DRAWS, key
+from metahpo.searchers.settings import Choice
+from metahpo.searchers.space import Settings, Space
+
+NOTE = "cma_es"
+# A stepped range of more values than this is as good as continuous.
+MANY = 100
+
+
+@dataclass(frozen=True)
+class CMAES(Searcher):
+    """Covariance matrix adaptation, by the package cmaes, in the unit cube.
+
+    Continuous spaces: CMA-ES (Hansen 2016). Spaces with stepped numbers or choices: CatCMA with margin (Hamano et al.
+    2025), which gives each choice a distribution of its own and keeps every value likely enough to come again. A
+    setting that does not exist in a trial keeps its coordinate, which then has no effect.
+
+    The first ``initial`` trials are random; the search begins at the best of them (0: at the centre) with standard
+    deviation ``sigma``. population: 0 for the package's own, 4 + 3 ln(settings). When it has converged it begins anew
+    at a random point with twice the population (IPOP: Auger and Hansen 2005). A generation is the next ``population``
+    of its trials that have ended, by number, so no worker waits: a few may be of the distribution before. Settings that
+    were tried already are drawn again a few times.
+    """
+
+    sigma: float = 0.2
+    population: int = 0
+    initial: int = 10
+
+    def __post_init__(self) -> None:
+        at_least(self, population=0, initial=0)
+        above(self, sigma=(0, 10))
+        if self.population == 1:
+            at_least(self, population=2)
+
+    def suggest(self, history: History, space: Space, rng: np.random.Generator) -> Settings | Proposal:
+        runs = [o.notes[NOTE] for o in history if NOTE in o.notes]
+        first = initial(history, space, rng, self.initial)
+        if not runs and first is not None:
+            return first
+        run = runs[-1]["run"] if runs else 0
+        mean = runs[-1]["mean"] if runs else _centre(history, space)
+        strategy = _Strategy(space, mean, self.sigma, self.population, 2**run)
+        if not strategy.dimensions:
+            return space.sample(rng)
+        strategy.replay([(o.notes[NOTE], v) for o, v in history.told if o.notes.get(NOTE, {}).get("run") == run])
+        if strategy.converged:
+            run, mean = run + 1, list(rng.random(len(space)))
+            strategy = _Strategy(space, mean, self.sigma, self.population, 2**run)
+        strategy.seed(int(rng.integers(2**32)))
+        tried = {key(o.settings) for o in history}
+        for _ in range(DRAWS):
+            settings, point = strategy.ask()
+            if key(settings) not in tried:
+                break
+        return Proposal(settings, notes={NOTE: {"run": run, "mean": mean, **point}})
+
+
+def _centre(history: History, space: Space) -> list[float]:
+    """Where the first run begins."""
+    told = [(loss, o.number, o.settings) for o, loss in history.told]
+    best = min(told, key=lambda t: t[:2])[2] if told else {}
+    return [float(u) for u in space.encode(best)]
+
+
+class _Strategy:
+    """One run over the coordinates that have more than one value; ``mean`` [D] is in the unit cube of the space."""
+
+    def __init__(self, space: Space, mean: Sequence[float], sigma: float, population: int, times: int):
+        self.space, self.mean = space, mean
+        free = {name: setting for name, setting in space.settings.items() if setting.count > 1}
+        self.choices = [name for name, setting in free.items() if isinstance(setting, Choice)]
+        self.stepped = [n for n, setting in free.items() if n not in self.choices and setting.count <= MANY]
+        self.smooth = [name for name in free if name not in (*self.choices, *self.stepped)]
+        self.dimensions = len(free)
+        if not free:
+            return
+        size = times * (population or 4 + math.floor(3 * math.log(len(free))))
+        at = dict(zip(space, mean))
+        start = np.array([at[name] for name in (*self.smooth, *self.stepped)])
+        if len(self.smooth) == len(free):
+            bounds = np.tile([0.0, 1.0], (len(free), 1))
+            self._model: CMA | CatCMAwM = CMA(start, sigma, bounds, population_size=size, seed=0)
+        else:
+            self._model = CatCMAwM(
+                [[0.0, 1.0]] * len(self.smooth) or None,
+                [self._places(name) for name in self.stepped] or None,
+                [len(space[name].values()) for name in self.choices] or None,
+                population_size=size,
+                mean=start if len(start) else None,
+                sigma=sigma,
+                cov=np.eye(len(start)) if len(start) else None,
+                seed=0,
+            )
+
+    def _places(self, name: str) -> list[float]:
+        return [self.space[name].unit(value) for value in self.space[name].values()]
+
+    @property
+    def converged(self) -> bool:
+        # The package has no such test for choices alone.
+        return bool(self.smooth or self.stepped) and self._model.should_stop()
+
+    def seed(self, seed: int) -> None:
+        self._model.reseed_rng(seed)
+
+    def ask(self) -> tuple[Settings, dict[str, Any]]:
+        """Settings, and the point that the strategy is told of them by."""
+        units, given = dict(zip(self.space, self.mean)), self._model.ask()
+        if isinstance(given, np.ndarray):
+            units |= dict(zip(self.smooth, given))
+            return self.space.decode(np.array(list(units.values()))), {"x": given.tolist()}
+        point: dict[str, Any] = {}
+        if given._v_raw is not None:
+            numbers = [values for values in (given.x, given.z) if values is not None]
+            units |= dict(zip((*self.smooth, *self.stepped), np.concatenate(numbers)))
+            point["x"] = given._v_raw.tolist()
+        if given.c is not None:
+            places = np.argmax(given.c, 1)
+            counts = [len(self.space[name].values()) for name in self.choices]
+            units |= {name: (place + 0.5) / n for name, place, n in zip(self.choices, places, counts)}
+            point["c"] = places.tolist()
+        return self.space.decode(np.array(list(units.values()))), point
+
+    def replay(self, told: list[tuple[Mapping[str, Any], float]]) -> None:
+        """Tells it all whole generations."""
+        size = self._model.population_size
+        with warnings.catch_warnings():
+            # Its penalty for equal losses is the median of nothing, and has no effect.
+            warnings.simplefilter("ignore", RuntimeWarning)
+            for start in range(0, len(told) - size + 1, size):
+                self._model.tell([(self._point(point), loss) for point, loss in told[start : start + size]])
+
+    def _point(self, point: Mapping[str, Any]) -> Any:
+        x = np.array(point["x"]) if "x" in point else None
+        if isinstance(self._model, CMA):
+            return x
+        hot = max((len(self.space[name].values()) for name in self.choices), default=0)
+        c = np.eye(hot, dtype=bool)[point["c"]] if "c" in point else None
+        return CatCMAwM.Solution(c=c, _v_raw=x)

@@ -1,0 +1,96 @@
+"""Tree-structured Parzen estimator."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import optuna
+from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
+from optuna.trial import TrialState, create_trial
+
+from metahpo.searchers.base import History, Searcher, initial
+from metahpo.searchers.checks import at_least
+from metahpo.searchers.settings import Choice, Setting
+from metahpo.searchers.space import Settings, Space
+from metahpo.searchers.store import distribution
+
+
+@dataclass(frozen=True)
+class TPE(Searcher):
+    """The tree-structured Parzen estimator (Bergstra et al. 2011), by Optuna's ``TPESampler``: the likeliest of
+    ``candidates`` draws to be among the good trials rather than the others.
+
+    multivariate: one density for all settings that exist together (Falkner et al. 2018), else one for each. Trials at
+    work count as bad ones, failed ones as the worst. The first ``initial`` trials are random.
+    """
+
+    initial: int = 10
+    candidates: int = 24
+    multivariate: bool = True
+
+    def __post_init__(self) -> None:
+        at_least(self, initial=0, candidates=1)
+
+    def suggest(self, history: History, space: Space, rng: np.random.Generator) -> Settings:
+        first = initial(history, space, rng, self.initial)
+        if first is not None or not history.told:
+            return first or space.sample(rng)
+        trial = self._study(history, space, int(rng.integers(2**32))).ask()
+        settings: Settings = {}
+        # What has been chosen decides what else exists.
+        while left := [name for name in space.active(settings) if name not in settings]:
+            settings[left[0]] = _suggested(trial, left[0], space[left[0]])
+        return {name: settings[name] for name in space if name in settings}
+
+    def _study(self, history: History, space: Space, seed: int) -> optuna.Study:
+        """The trials so far as a study of Optuna's, in memory."""
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            sampler = optuna.samplers.TPESampler(
+                n_startup_trials=1,
+                n_ei_candidates=self.candidates,
+                seed=seed,
+                multivariate=self.multivariate,
+                group=self.multivariate,
+                constant_liar=True,
+            )
+        study = optuna.create_study(sampler=sampler)
+        losses = {o.number: loss for o, loss in history.told}
+        distributions = {name: _distribution(setting) for name, setting in space.settings.items()}
+        for observation in history:
+            loss = losses.get(observation.number)
+            study.add_trial(
+                create_trial(
+                    state=TrialState.RUNNING if loss is None else TrialState.COMPLETE,
+                    value=loss,
+                    params={n: _parameter(space[n], value) for n, value in observation.settings.items()},
+                    distributions={name: distributions[name] for name in observation.settings},
+                )
+            )
+        return study
+
+
+def _distribution(setting: Setting) -> BaseDistribution:
+    # By place, for Optuna takes 1, 1.0 and true for one option.
+    return (
+        CategoricalDistribution(range(len(setting.options))) if isinstance(setting, Choice) else distribution(setting)
+    )
+
+
+def _parameter(setting: Setting, value: Any) -> Any:
+    return setting.index(value) if isinstance(setting, Choice) else value
+
+
+def _suggested(trial: optuna.Trial, name: str, setting: Setting) -> Any:
+    if isinstance(setting, Choice):
+        return setting.options[trial.suggest_categorical(name, range(len(setting.options)))]
+    kind = distribution(setting)
+    if isinstance(kind, IntDistribution):
+        return trial.suggest_int(name, kind.low, kind.high, step=kind.step, log=kind.log)
+    assert isinstance(kind, FloatDistribution)
+    value = trial.suggest_float(name, kind.low, kind.high, step=kind.step, log=kind.log)
+    # Written as the setting writes it: 0.3, where Optuna has 0.30000000000000004.
+    return value if kind.step is None else setting.at(setting.unit(value))
