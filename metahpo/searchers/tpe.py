@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Container
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
-from optuna.trial import TrialState, create_trial
+from optuna.storages import InMemoryStorage
+from optuna.trial import FrozenTrial, TrialState
 
 from metahpo.searchers.base import History, Searcher, initial
 from metahpo.searchers.checks import at_least
@@ -57,20 +59,42 @@ class TPE(Searcher):
                 group=self.multivariate,
                 constant_liar=True,
             )
-        study = optuna.create_study(sampler=sampler)
         losses = {o.number: loss for o, loss in history.told}
         distributions = {name: _distribution(setting) for name, setting in space.settings.items()}
-        for observation in history:
+        trials = []
+        # The trial that is asked for is number 0, the only one that the storage itself makes.
+        for number, observation in enumerate(history, 1):
             loss = losses.get(observation.number)
-            study.add_trial(
-                create_trial(
+            trials.append(
+                FrozenTrial(
+                    number=number,
+                    trial_id=number,
                     state=TrialState.RUNNING if loss is None else TrialState.COMPLETE,
                     value=loss,
+                    datetime_start=None,
+                    datetime_complete=None,
                     params={n: _parameter(space[n], value) for n, value in observation.settings.items()},
                     distributions={name: distributions[name] for name in observation.settings},
+                    user_attrs={},
+                    system_attrs={},
+                    intermediate_values={},
                 )
             )
-        return study
+        return optuna.create_study(storage=_Storage(trials), sampler=sampler)
+
+
+class _Storage(InMemoryStorage):
+    """One that has these trials from the start: to add them one by one would cost more than all the rest."""
+
+    def __init__(self, trials: list[FrozenTrial]):
+        super().__init__()
+        self._there = trials
+
+    def get_all_trials(
+        self, study_id: int, deepcopy: bool = True, states: Container[TrialState] | None = None
+    ) -> list[FrozenTrial]:
+        there = [trial for trial in self._there if states is None or trial.state in states]
+        return there + super().get_all_trials(study_id, deepcopy, states)
 
 
 def _distribution(setting: Setting) -> BaseDistribution:
