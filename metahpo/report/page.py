@@ -44,9 +44,9 @@ def write_report(run_dir: str | Path, learner: MetaLearner, example_task: Task, 
     rates, shown = inner_rates(learner), example(learner, example_task)
     folder = run_dir / "report"
     folder.mkdir(exist_ok=True)
-    _save(folder / "curves.png", draw_curves(learning_curves(history)))
-    heat_map = _save(folder / "rates.png", draw_rates(rates) if rates else None)
-    picture = _save(folder / "example.png", draw_example(shown) if shown else None)
+    save_picture(folder / "curves.png", draw_curves(learning_curves(history)))
+    heat_map = save_picture(folder / "rates.png", draw_rates(rates) if rates else None)
+    picture = save_picture(folder / "example.png", draw_example(shown) if shown else None)
     parts = [
         f"# {title or f'Run {run_dir.resolve().name}'}",
         _results(history, test, learner, run_dir / "test.json"),
@@ -95,7 +95,7 @@ def read_json(path: Path) -> dict[str, Any] | None:
     return content
 
 
-def _save(path: Path, figure: Figure | None) -> bool:
+def save_picture(path: Path, figure: Figure | None) -> bool:
     """Saves the picture, or removes that of an earlier report where there is none now."""
     if figure is None:
         path.unlink(missing_ok=True)
@@ -135,7 +135,7 @@ def _table(heads: list[str], keys: list[str], rows: Mapping[str, Mapping[str, fl
     lines = ["| " + " | ".join(heads) + " |", "| --- |" + " ---: |" * len(keys)]
     for name, row in rows.items():
         cells = [form(row[key], row.get(f"{key}_ci", math.nan)) if key in row else "–" for key in keys]
-        lines.append("| " + " | ".join([_cell(name), *cells]) + " |")
+        lines.append("| " + " | ".join([cell(name), *cells]) + " |")
     return "\n".join(lines)
 
 
@@ -158,11 +158,11 @@ def _best(history: list[Row]) -> str:
     name = key.removeprefix("val_")
     result = form(row[key], row.get(f"{key}_ci", math.nan))
     seconds = sum(row.get("seconds", 0.0) for row in history)
-    time = f" Training and validation took {_duration(seconds)} in all." if seconds else ""
+    time = f" Training and validation took {duration(seconds)} in all." if seconds else ""
     return f"Best epoch by validation: {row['epoch']:.0f} of {len(history)} ({name} {result}).{time}"
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
     minutes = round(seconds / 60)
     if seconds < 120:
         return f"{seconds:.1f} s"
@@ -194,9 +194,9 @@ def config_block(path: Path) -> str:
 
 
 def versions_table(versions: Mapping[str, Any]) -> str:
-    lines = [f"| {_cell(str(name))} | {_cell(str(value))} |" for name, value in versions.items()]
+    lines = [f"| {cell(str(name))} | {cell(str(value))} |" for name, value in versions.items()]
     return "\n".join(["## Versions", "", "| | |", "| --- | --- |", *lines])
 
 
-def _cell(text: str) -> str:
+def cell(text: str) -> str:
     return text.replace("|", "\\|").replace("\n", " ")

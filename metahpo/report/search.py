@@ -1,0 +1,243 @@
+"""The report of a search: one markdown page and its pictures."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import yaml
+from matplotlib.figure import Figure
+
+from metahpo.errors import DataError, one_line
+from metahpo.report.page import cell, config_block, duration, read_json, save_picture, versions_table
+from metahpo.report.search_figures import (
+    Words,
+    draw_front,
+    draw_history,
+    draw_importance,
+    draw_parallel,
+    draw_rungs,
+    draw_slices,
+    front,
+    history,
+    importance,
+    parallel,
+    rungs,
+    slices,
+)
+from metahpo.report.search_figures.looks import budget_of, is_multi_fidelity
+from metahpo.report.search_figures.rungs import rungs_table
+from metahpo.report.search_figures.ticks import text
+from metahpo.searchers.base import Proposal
+from metahpo.searchers.records import TrialRecord
+from metahpo.searchers.store import sqlite_path
+from metahpo.searchers.study import Study
+from metahpo.training.checkpoint import write_atomically
+
+BEST_TRIALS, MOST_FAILURES = 10, 20
+ABOUT = {
+    "history": "Each point is a trial.",
+    "parallel": "Each line is a trial; a gap is a setting that does not exist there.",
+    "slices": "Trials that are still at work are left out.",
+    "importance": (
+        "By functional ANOVA over random forests (Hutter, Hoos and Leyton-Brown 2014), of settings alone, without their "
+        "interactions. The fewer trials, and the less a searcher strays from the best, the less it can be trusted."
+    ),
+    "rungs": "Each line is a trial with those it went on from.",
+    "front": "",
+}
+TITLES = {
+    "history": "Optimisation history",
+    "front": "Pareto front",
+    "rungs": "Rung survival",
+    "parallel": "Parallel coordinates",
+    "slices": "Slices",
+    "importance": "Importance",
+}
+
+
+def write_search_report(run_dir: str | Path, study: Study | None = None) -> Path:
+    """Writes RUN_DIR/report/report.md with its pictures beside it; returns the page's path.
+
+    study: the search; None opens RUN_DIR/study.db, or the ``search.storage`` that RUN_DIR/config.yaml names. The search
+    may be at work still. A picture that the study has nothing for is left out, with a sentence that says why.
+
+    Raises SearchError if there is no study, DataError if it has no trial or a file of the run is damaged.
+    """
+    run_dir = Path(run_dir)
+    options = _search_options(run_dir / "config.yaml")
+    with _opened(run_dir, options, study) as shown:
+        if not shown.trials:
+            raise DataError(f"{run_dir}: the study has no trial yet; a report needs at least one")
+        words = _words(shown, options)
+        folder = run_dir / "report"
+        folder.mkdir(parents=True, exist_ok=True)
+        pictures = _pictures(shown, words, folder)
+        versions = read_json(run_dir / "versions.json")
+        parts = [
+            f"# Search {run_dir.resolve().name}",
+            _summary(shown, words),
+            _best(shown, words),
+            _best_trials(shown, words),
+            *pictures,
+            _failures(shown),
+            config_block(run_dir / "config.yaml"),
+            _dashboard(run_dir, options),
+            versions_table(versions) if versions else "",
+        ]
+    page = folder / "report.md"
+    write_atomically(page, ("\n\n".join(part for part in parts if part) + "\n").encode())
+    return page
+
+
+# What the run directory holds.
+
+
+def _search_options(path: Path) -> dict[str, Any]:
+    """The section ``search`` of a run's config; empty where there is none."""
+    if not path.exists():
+        return {}
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise DataError(f"{path} is damaged: {one_line(error)}") from error
+    section = tree.get("search") if isinstance(tree, Mapping) else None
+    return dict(section) if isinstance(section, Mapping) else {}
+
+
+def _storage(run_dir: Path, options: Mapping[str, Any]) -> str | Path:
+    return options.get("storage") or run_dir / "study.db"
+
+
+@contextmanager
+def _opened(run_dir: Path, options: Mapping[str, Any], study: Study | None) -> Iterator[Study]:
+    if study is not None:
+        yield study
+        return
+    with Study.open(_storage(run_dir, options)) as found:
+        yield found
+
+
+def _words(study: Study, options: Mapping[str, Any]) -> Words:
+    count = len(study.directions)
+    names = options.get("objectives")
+    if isinstance(names, str):
+        names = [names]
+    if not isinstance(names, (list, tuple)) or len(names) != count:
+        names = ["score"] if count == 1 else [f"objective {i + 1}" for i in range(count)]
+    unit = options.get("fidelity")
+    return Words(tuple(map(str, names)), tuple(study.directions), str(unit) if unit else "budget")
+
+
+# Pictures.
+
+
+def _pictures(study: Study, words: Words, folder: Path) -> list[str]:
+    """Draws those that there is something for; gives the page's sections."""
+    figures: dict[str, Figure | str | None] = dict.fromkeys(TITLES)
+    if any(r.state == "complete" for r in study.trials):
+        found = importance(study)
+        figures |= {
+            "history": draw_history(history(study), words),
+            "front": draw_front(front(study), words) if len(study.directions) > 1 else None,
+            "parallel": draw_parallel(parallel(study), words),
+            "slices": draw_slices(slices(study), words),
+            "importance": found if isinstance(found, str) else draw_importance(found, words),
+        }
+    levels = rungs(study) if is_multi_fidelity(study.trials) else None
+    if levels:
+        figures["rungs"] = draw_rungs(levels, words) if any(len(c.steps) for c in levels.curves) else None
+    sections = []
+    for name, figure in figures.items():
+        drawn = save_picture(folder / f"{name}.png", figure if isinstance(figure, Figure) else None)
+        body = [
+            f"![{TITLES[name].lower()}]({name}.png)" if drawn else "",
+            rungs_table(levels, words) if levels and name == "rungs" else "",
+            ABOUT[name] if drawn else figure if isinstance(figure, str) else "",
+        ]
+        if any(body):
+            sections.append("\n\n".join([f"## {TITLES[name]}", *(part for part in body if part)]))
+    return sections
+
+
+# The parts of the page.
+
+
+def _summary(study: Study, words: Words) -> str:
+    records = study.trials
+    counts = {state: sum(r.state == state for r in records) for state in ("complete", "failed", "running")}
+    running = f", {counts['running']} at work" if counts["running"] else ""
+    seconds = sum(r.seconds or 0.0 for r in records)
+    lines = [
+        f"{len(records)} trials: {counts['complete']} complete, {counts['failed']} failed{running}. "
+        f"They took {duration(seconds)} of work in all."
+    ]
+    if is_multi_fidelity(records):
+        used = sum(study.duration(Proposal(r.settings, r.budget, r.parent)) for r in records)
+        lines.append(f"Budget used: {used:g}{'' if words.unit == 'budget' else f' {words.unit}'}.")
+    if len(study.directions) > 1:
+        lines.append(f"Objectives: {', '.join(words.axis(i) for i in range(len(study.directions)))}.")
+        lines.append("Where one of them is shown it is the first.")
+    return " ".join(lines)
+
+
+def _best(study: Study, words: Words) -> str:
+    best = study.best
+    if best is None:
+        return "No trial is complete, so there is no best one."
+    at = "" if best.budget is None else f" at {words.budget(best.budget)}"
+    lines = ["| setting | value |", "| --- | --- |"]
+    lines += [f"| `{cell(name)}` | {cell(str(value))} |" for name, value in best.settings.items()]
+    heading = f"## Best: trial {best.number}, {words.objectives[0]} {_score(best.score)}{at}"
+    return "\n".join([heading, "", f"By {words.axis()}.", "", *lines])
+
+
+def _best_trials(study: Study, words: Words) -> str:
+    sign = -1 if words.higher() else 1
+    several = len(study.directions) > 1
+    first = study.front if several else []
+    rest = [r for r in study.trials if r.state == "complete" and r not in first]
+    rest.sort(key=lambda r: (-budget_of(r), sign * (r.score or 0.0), r.number))
+    shown = [*first, *rest][:BEST_TRIALS]
+    if not shown:
+        return ""
+    budgets = is_multi_fidelity(study.trials)
+    names = [name for name in study.space if any(name in r.settings for r in shown)]
+    heads = ["trial", *words.objectives, *(["budget"] if budgets else []), "seconds", *(f"`{n}`" for n in names)]
+    lines = [f"| {' | '.join(map(cell, heads))} |", "|" + " ---: |" * (len(heads) - len(names)) + " --- |" * len(names)]
+    for r in shown:
+        numbers = [str(r.number), *map(_score, r.scores or ())]
+        numbers += [f"{r.budget:g}" if r.budget is not None else "full"] if budgets else []
+        numbers.append("–" if r.seconds is None else f"{r.seconds:.3g}")
+        values = [text(r.settings[name]) if name in r.settings else "–" for name in names]
+        lines.append(f"| {' | '.join(map(cell, [*numbers, *values]))} |")
+    order = "those of the front first" if several else "of the largest budget first" if budgets else "best first"
+    return "\n".join([f"## Best trials ({order})", "", *lines])
+
+
+def _failures(study: Study) -> str:
+    failed = [r for r in study.trials if r.state == "failed"]
+    if not failed:
+        return ""
+    lines = [f"- trial {r.number}: {_last_line(r)}" for r in failed[:MOST_FAILURES]]
+    if len(failed) > MOST_FAILURES:
+        lines.append(f"- and {len(failed) - MOST_FAILURES} more; the study keeps their tracebacks")
+    return "\n".join(["## Failures", "", *lines])
+
+
+def _last_line(record: TrialRecord) -> str:
+    lines = [line for line in (record.error or "").splitlines() if line.strip()]
+    return f"`{one_line(lines[-1]).replace('`', chr(39))}`" if lines else "no reason kept"
+
+
+def _dashboard(run_dir: Path, options: Mapping[str, Any]) -> str:
+    path = sqlite_path(_storage(run_dir, options))
+    url = f"sqlite:///{path}" if path else "the study's database URL"
+    return f"Optuna's dashboard opens the study too: `pip install optuna-dashboard`, then `optuna-dashboard {url}`."
+
+
+def _score(score: float | None) -> str:
+    return "–" if score is None or math.isnan(score) else f"{score:.5g}"

@@ -1,0 +1,54 @@
+"""Axes of settings: the unit interval, with the settings' own values written at their places."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from matplotlib.ticker import MaxNLocator
+
+from metahpo.searchers.settings import Choice, Setting
+
+MOST_CHOICES, LONGEST_TEXT = 12, 14
+
+
+def ticks(setting: Setting, most: int = 5) -> tuple[list[float], list[str]]:
+    """Places in the unit interval and what is written there; most: about how many for a range of numbers."""
+    values = _options(setting) if isinstance(setting, Choice) else _numbers(setting, most)
+    return [setting.unit(value) for value in values], [text(value) for value in values]
+
+
+def text(value: Any, digits: int = 4) -> str:
+    """A value of a setting, short."""
+    if isinstance(value, float):
+        return f"{value:.{digits}g}"
+    written = str(value).lower() if isinstance(value, bool) or value is None else str(value)
+    return written if len(written) <= LONGEST_TEXT else f"{written[: LONGEST_TEXT - 1]}…"
+
+
+def _options(setting: Choice) -> list[Any]:
+    return list(setting.options)[:: math.ceil(len(setting.options) / MOST_CHOICES)]
+
+
+def _numbers(setting: Any, most: int) -> list[Any]:
+    if setting.step is not None:
+        values = setting.values()
+        return values[:: math.ceil(len(values) / (most + 1))]
+    if setting.log:
+        found = _logarithmic(setting.low, setting.high, most)
+    else:
+        whole = isinstance(setting.low, int)
+        found = MaxNLocator(most, integer=whole).tick_values(setting.low, setting.high).tolist()
+    inside = [value for value in found if setting.low <= value <= setting.high]
+    return [round(value) for value in inside] if isinstance(setting.low, int) else inside
+
+
+def _logarithmic(low: float, high: float, most: int) -> list[float]:
+    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    whole = [float(f"1e{decade}") for decade in decades]
+    inside = [value for value in whole if low <= value <= high]
+    if len(inside) > 2:
+        return inside[:: math.ceil(len(inside) / (most + 1))]
+    finer = [float(f"{m}e{decade}") for decade in decades for m in (1, 2, 5)]
+    inside = [value for value in finer if low <= value <= high]
+    return inside if len(inside) > 1 else [low, high]
