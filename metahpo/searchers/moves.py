@@ -61,10 +61,10 @@ def beside(space: Space, settings: Settings, name: str, first: int = 1) -> list[
     return [setting.at(u) for u in (unit + first * share, unit - first * share) if 0 < u < 1]
 
 
-def reflected(unit: Any) -> Any:
+def reflected(unit: float) -> float:
     """Into 0..1 by reflection at the ends."""
-    folded = np.abs(unit) % 2
-    return np.where(folded > 1, 2 - folded, folded)[()]
+    folded = abs(float(unit)) % 2
+    return 2 - folded if folded > 1 else folded
 
 
 def key(settings: Mapping[str, Any]) -> str:
