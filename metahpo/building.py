@@ -47,10 +47,13 @@ NETS: dict[str, type[nn.Module]] = {
 }
 
 
-def build_tasks(config: RunConfig, splits: tuple[str, ...] = SPLITS) -> dict[str, TaskSource]:
+def build_tasks(
+    config: RunConfig, splits: tuple[str, ...] = SPLITS, images: LabelledImages | None = None
+) -> dict[str, TaskSource]:
     """The task source of each split; data which cannot serve is refused before any work.
 
-    Your own source is tried with the first task and the last one that the config asks of it.
+    Your own source is tried with the first task and the last one that the config asks of it. images: those to draw
+    from in place of the config's.
     """
     data, settings, seed = config.data, config.training, config.training.seed
     check_device(settings)
@@ -68,7 +71,7 @@ def build_tasks(config: RunConfig, splits: tuple[str, ...] = SPLITS) -> dict[str
     queries = {s: data.queries if s == "train" or data.eval_queries is None else data.eval_queries for s in splits}
     if isinstance(data, SinusoidSettings):
         return {s: Sinusoid(s, shots=data.shots, queries=queries[s], seed=seed) for s in splits}
-    images, rotate = load_images(config), getattr(data, "rotate", False)
+    images, rotate = images or load_images(config.data), getattr(data, "rotate", False)
     images = replace(images, images=images.images.to(settings.torch_device()))
     return {
         split: Episodes(
@@ -84,9 +87,8 @@ def build_tasks(config: RunConfig, splits: tuple[str, ...] = SPLITS) -> dict[str
     }
 
 
-def load_images(config: RunConfig) -> LabelledImages:
-    """The images that the config names."""
-    data = config.data
+def load_images(data: Any) -> LabelledImages:
+    """The images that a config's section ``data`` names."""
     if isinstance(data, GlyphsSettings):
         from metahpo.tasks.glyphs import load_glyphs
 
@@ -171,7 +173,9 @@ def check_outputs(net: nn.Module, x: torch.Tensor, outputs: int, name: str, what
         raise NetError(f"net {name} gives {found} for inputs {list(x.shape)}; expected {expected} ({outputs} {what})")
 
 
-def build(config: RunConfig) -> tuple[dict[str, TaskSource], MetaLearner]:
+def build(
+    config: RunConfig, splits: tuple[str, ...] = SPLITS, images: LabelledImages | None = None
+) -> tuple[dict[str, TaskSource], MetaLearner]:
     """The tasks of each split and the learner of a run, all tried: what cannot work is refused before any work.
 
     All ranks of a run call it together; what cannot work on one stops all.
@@ -180,9 +184,9 @@ def build(config: RunConfig) -> tuple[dict[str, TaskSource], MetaLearner]:
     if ranks.size > 1 and isinstance(config.data, OmniglotSettings) and config.data.download:
         with ranks.agreed():
             if not torchrun.local_rank():  # One process a machine, lest several write the same file.
-                load_images(config)
+                load_images(config.data)
     with ranks.agreed():
-        tasks = build_tasks(config)
+        tasks = build_tasks(config, splits, images)
         example = tasks["train"].task(0)
         learner = build_learner(config, example)
         check_optimizer(config.training, learner)
@@ -190,9 +194,11 @@ def build(config: RunConfig) -> tuple[dict[str, TaskSource], MetaLearner]:
     return tasks, learner
 
 
-def resume_trainer(config: RunConfig, run_dir: str | Path) -> Trainer:
+def resume_trainer(
+    config: RunConfig, run_dir: str | Path, splits: tuple[str, ...] = SPLITS, images: LabelledImages | None = None
+) -> Trainer:
     """The trainer of the run in ``run_dir`` as its newest checkpoint left it."""
-    tasks, learner = build(config)
+    tasks, learner = build(config, splits, images)
     store = CheckpointStore(Path(run_dir) / "checkpoints")
     ranks = current()
     if not ranks.on_first(store.list):
@@ -253,10 +259,10 @@ def check_optimizer(settings: TrainingSettings, learner: MetaLearner) -> None:
 def _check_settings(settings: TrainingSettings, trained: dict[str, Any], path: Path) -> None:
     """Raises ConfigError if config.yaml asks for other settings than the run was trained with.
 
-    Device and engine may change, which give the same numbers to rounding, how often a GPU's losses are read, and the
-    number of test tasks.
+    Device, engine and threads may change, which give the same numbers to rounding, how often a GPU's losses are read,
+    and the number of test tasks.
     """
-    asked = settings.model_dump(exclude={"device", "engine", "check", "read_every", "test_tasks"})
+    asked = settings.model_dump(exclude={"device", "engine", "threads", "check", "read_every", "test_tasks"})
     lines = [
         f"training.{key}: config.yaml says {asked[key]!r}, but {path.name} was trained with {trained[key]!r}; "
         "set it back, or train anew"

@@ -98,6 +98,14 @@ def _override(tree: dict[str, Any], override: str, schema: Schema) -> None:
         value = _parse(text)
     except ValueError:
         raise ConfigError(f"the value in {override!r} is not YAML") from None
+    try:
+        set_key(tree, key, value, schema)
+    except ConfigError as error:
+        raise ConfigError(f"{override!r}: {error}") from None
+
+
+def set_key(tree: dict[str, Any], key: str, value: Any, schema: Schema = RUN) -> None:
+    """Puts a value in its place in the tree, a bare name of a section as {name: ...}."""
     *parents, last = key.split(".")
     node = tree
     for parent in parents:
@@ -105,7 +113,7 @@ def _override(tree: dict[str, Any], override: str, schema: Schema) -> None:
         if child is None:
             child = node[parent] = {}
         if not isinstance(child, dict):
-            raise ConfigError(f"{override!r}: {parent!r} is a value, not a section")
+            raise ConfigError(f"{parent!r} is a value, not a section")
         node = child
     if not parents and key in schema.unions and isinstance(value, str):
         value = {NAME_KEY[key]: value}

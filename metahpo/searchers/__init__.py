@@ -26,4 +26,5 @@ from metahpo.searchers.space import Space as Space
 from metahpo.searchers.study import Study as Study
 from metahpo.searchers.successive_halving import SuccessiveHalving as SuccessiveHalving
 from metahpo.searchers.tpe import TPE as TPE
+from metahpo.searchers.training_objective import TrainingObjective as TrainingObjective
 from metahpo.searchers.trial import Trial as Trial

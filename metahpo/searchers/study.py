@@ -258,6 +258,7 @@ class Study:
             None if record.parent is None else self._path("trials", record.parent),
             self.result_path(number),
             record.deaths,
+            record.parent,
         )
 
     def result_path(self, number: int) -> Path | None:

@@ -25,6 +25,7 @@ class Job:
     # Where the result is left until the study has it; also the name of the lock that one worker alone holds.
     result: Path | None = None
     attempt: int = 0
+    parent: int | None = None
 
 
 class Trial:
@@ -32,13 +33,13 @@ class Trial:
 
     budget: how far to train in all, in the search's units (epochs, ...); None: fully. seed: for the objective's own
     randomness, from the study's seed and the trial's number. folder: for checkpoints and the like; the same one when a
-    trial is run again because its worker died (``attempt`` counts from 0). parent_folder: that of the trial whose
-    checkpoint this one should go on from, or None.
+    trial is run again because its worker died (``attempt`` counts from 0). parent: the number of the trial whose
+    checkpoint this one should go on from, or None; parent_folder: its folder, None where the study keeps none.
     """
 
     def __init__(self, job: Job, emit: Callable[[int, float], None]):
         self.number, self.settings, self.budget, self.seed = job.number, dict(job.settings), job.budget, job.seed
-        self.attempt, self.parent_folder = job.attempt, job.parent_folder
+        self.attempt, self.parent, self.parent_folder = job.attempt, job.parent, job.parent_folder
         self.reports: dict[int, float] = {}
         self._folder, self._emit = job.folder, emit
         self._temporary: tempfile.TemporaryDirectory[str] | None = None

@@ -28,6 +28,21 @@ def seeded(*numbers: int, device: torch.device | None = None) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def intra_op_threads(count: int | None) -> Iterator[None]:
+    """Inside it torch computes with ``count`` threads (None: as many as before); outside with as many as before."""
+    before = torch.get_num_threads()
+    # Not set to what it is already: torch would also set it for threads that have yet to begin.
+    if count is None or count == before:
+        yield
+        return
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def progress(title: str, total: int, initial: int = 0) -> tqdm:
     """A progress bar on a terminal, of rank 0 alone; nothing elsewhere."""
     hidden = not sys.stderr.isatty() or torchrun.rank() > 0

@@ -13,7 +13,7 @@ from metahpo.learners.phase import Phase
 from metahpo.tasks.task import TaskSource
 from metahpo.training.distributed import current
 from metahpo.training.engines import ENGINES, Engine
-from metahpo.training.environment import progress, seeded
+from metahpo.training.environment import intra_op_threads, progress, seeded
 from metahpo.training.precision import precision
 from metahpo.training.prefetch import batches_of
 from metahpo.training.settings import TrainingSettings
@@ -33,7 +33,19 @@ def evaluate(
     engine: the settings' by default. each: called after every batch of tasks. Randomness, if a learner draws any,
     follows the settings' seed. Ranks share the tasks of each batch, and all get all results.
     """
-    engine = engine or ENGINES[settings.engine]()
+    with intra_op_threads(settings.threads):
+        return _evaluate(learner, tasks, count, settings, engine or ENGINES[settings.engine](), title, each)
+
+
+def _evaluate(
+    learner: MetaLearner,
+    tasks: TaskSource,
+    count: int,
+    settings: TrainingSettings,
+    engine: Engine,
+    title: str,
+    each: Callable[[], None],
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     device, size = settings.torch_device(), settings.tasks
     metrics: list[dict[str, Tensor]] = []
     outputs: list[dict[str, Tensor]] = []

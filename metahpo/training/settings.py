@@ -114,6 +114,9 @@ class TrainingSettings(Settings):
         description="of the net: tf32 rounds the inputs of products (CUDA; no change on a CPU), bf16 is autocast",
     )
     device: DeviceName = "auto"
+    threads: int | None = Field(
+        default=None, ge=1, description="torch's intra-op threads, on which rounding depends; null: torch's own number"
+    )
     read_every: int = Field(default=10, ge=1, description="CUDA: steps between two looks at loss and finiteness")
     seed: int = Field(default=0, ge=0)
 

@@ -19,7 +19,7 @@ from metahpo.tasks.task import Task, TaskSource
 from metahpo.training.checkpoint import CheckpointStore, State, load_learner, write_atomically
 from metahpo.training.distributed import current
 from metahpo.training.engines import ENGINES, Auto, check_engine
-from metahpo.training.environment import progress, seeded, versions
+from metahpo.training.environment import intra_op_threads, progress, seeded, versions
 from metahpo.training.evaluation import evaluate
 from metahpo.training.finite import FiniteCheck
 from metahpo.training.interrupts import Interrupted, Interrupts
@@ -59,7 +59,8 @@ class Trainer:
         self.device = self.settings.torch_device()
         self.learner = learner.to(self.device)
         self.train_tasks, self.val_tasks = train_tasks, val_tasks
-        self.engine = ENGINES[self.settings.engine]()
+        with intra_op_threads(self.settings.threads):
+            self.engine = ENGINES[self.settings.engine]()
         self.optimizer = getattr(torch.optim, self.settings.optimizer)(
             list(learner.outer_params().values()), lr=self.settings.lr, **self.settings.optimizer_args
         )
@@ -98,25 +99,53 @@ class Trainer:
         trainer._load(state, path)
         return trainer
 
-    def fit(self, until_epoch: int | None = None, on_epoch: Callable[[Row], None] | None = None) -> list[Row]:
+    def fit(
+        self,
+        until_epoch: int | None = None,
+        on_epoch: Callable[[Row], None] | None = None,
+        *,
+        until_iteration: int | None = None,
+    ) -> list[Row]:
         """Trains up to ``until_epoch`` epochs in all (default: the settings'), and returns the history, a row an epoch.
 
-        on_epoch: called with each new row. Ctrl-C or SIGTERM ends the current step, saves, and raises ``Interrupted``.
+        on_epoch: called with each new row. until_iteration: stop after so many outer updates in all, also within an
+        epoch, which then has no row yet. Ctrl-C or SIGTERM ends the current step, saves, and raises ``Interrupted``.
         """
-        until = self.settings.epochs if until_epoch is None else min(until_epoch, self.settings.epochs)
-        if self.run_dir and self.epoch < until:
+        size = self.settings.iterations
+        ends = [self.settings.epochs * size, until_iteration, None if until_epoch is None else until_epoch * size]
+        until = min(end for end in ends if end is not None)
+        with intra_op_threads(self.settings.threads):
+            return self._fit(until, on_epoch)
+
+    def _fit(self, until: int, on_epoch: Callable[[Row], None] | None) -> list[Row]:
+        size = self.settings.iterations
+        if self.run_dir and self.updates < until:
             self.run_dir.mkdir(parents=True, exist_ok=True)
             content = {**versions(self.device), "ranks": str(self.ranks.size)}
             write_atomically(self.run_dir / "versions.json", json.dumps(content, indent=2).encode())
         self.ranks.share_state(self.learner)
         with Interrupts() as interrupts:
-            while self.epoch < until:
-                row = self._run_epoch(interrupts)
-                if on_epoch:
+            # One that was stopped while it validated has all its updates and no row.
+            while self.updates < until or self.epoch < until // size:
+                row = self._run_epoch(interrupts, until - self.epoch * size)
+                if row and on_epoch:
                     on_epoch(row)
             if signum := self.ranks.agreed_signal(interrupts.signum):  # It came after the last step; all is saved.
                 raise Interrupted(signum)
         return self.history
+
+    @property
+    def updates(self) -> int:
+        """How many outer updates there were in all."""
+        return self.epoch * self.settings.iterations + self.iteration
+
+    def settled_engine(self) -> str:
+        """The name of the engine that trains; auto makes its choice for it, on the next batch."""
+        if not isinstance(self.engine, Auto):
+            return self.engine.name
+        tasks = self.train_tasks.batch(self.ranks.share(self._numbers(self.iteration))).to(self.device)
+        with intra_op_threads(self.settings.threads), precision(self.learner, self.settings):
+            return self.engine.settle("training", self.learner, tasks, self._phase()).name
 
     def evaluate(self, tasks: TaskSource, count: int) -> Row:
         """Means and 95% intervals over the first ``count`` tasks of ``tasks``, with the learner as it is."""
@@ -125,17 +154,17 @@ class Trainer:
 
     # One epoch.
 
-    def _run_epoch(self, interrupts: Interrupts) -> Row:
+    def _run_epoch(self, interrupts: Interrupts, end: int) -> Row | None:
+        """Runs the epoch up to iteration ``end``, and validates if that is its last; None if it is not."""
         settings, start = self.settings, time.perf_counter()
         rate = settings.lr
         if settings.min_lr is not None:
             rate = cosine(self.epoch, settings.epochs, settings.lr, settings.min_lr)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        phase = self.learner.training_phase(self.epoch)
-        if phase.step_weights is not None:
-            phase = replace(phase, step_weights=phase.step_weights.to(self.device))
-        shares = (self.ranks.share(self._numbers(i)) for i in range(self.iteration, settings.iterations))
+        phase = self._phase()
+        end = min(end, settings.iterations)
+        shares = (self.ranks.share(self._numbers(i)) for i in range(self.iteration, end))
         batches = batches_of(self.train_tasks, shares, self.device)
         title = f"epoch {self.epoch + 1}/{settings.epochs}"
         with progress(title, settings.iterations, self.iteration) as bar, closing(batches):
@@ -146,6 +175,9 @@ class Trainer:
                 if self._finite.loss is not None:
                     bar.set_postfix_str(f"loss {self._finite.loss:.3f}", refresh=False)
                 self._stop_if(interrupts.signum if self.ranks.size == 1 else self._finite.signum)
+        if end < settings.iterations:
+            self._save()
+            return None
         self._refuse(self._finite.look())
         validation = self._validate(interrupts)
         row = {"epoch": self.epoch + 1, "lr": rate}
@@ -156,6 +188,12 @@ class Trainer:
         self.epoch, self.iteration, self._partial = self.epoch + 1, 0, SumOfMetrics()
         self._save()
         return {**row, "seconds": self._seconds[-1]}
+
+    def _phase(self) -> Phase:
+        phase = self.learner.training_phase(self.epoch)
+        if phase.step_weights is None:
+            return phase
+        return replace(phase, step_weights=phase.step_weights.to(self.device))
 
     def _step(self, tasks: Task, phase: Phase, signum: int | None) -> None:
         numbers = self._numbers(self.iteration)
