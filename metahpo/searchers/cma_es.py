@@ -54,13 +54,13 @@ class CMAES(Searcher):
             return first
         run = runs[-1]["run"] if runs else 0
         mean = runs[-1]["mean"] if runs else _centre(history, space)
-        strategy = _Strategy(space, mean, self.sigma, self.population, 2**run)
-        if not strategy.dimensions:
+        if all(setting.count == 1 for setting in space.settings.values()):
             return space.sample(rng)
+        strategy = self._strategy(space, run, mean)
         strategy.replay([(o.notes[NOTE], v) for o, v in history.told if o.notes.get(NOTE, {}).get("run") == run])
         if strategy.converged:
             run, mean = run + 1, list(rng.random(len(space)))
-            strategy = _Strategy(space, mean, self.sigma, self.population, 2**run)
+            strategy = self._strategy(space, run, mean)
         strategy.seed(int(rng.integers(2**32)))
         tried = {key(o.settings) for o in history}
         for _ in range(DRAWS):
@@ -68,6 +68,13 @@ class CMAES(Searcher):
             if key(settings) not in tried:
                 break
         return Proposal(settings, notes={NOTE: {"run": run, "mean": mean, **point}})
+
+    def _strategy(self, space: Space, run: int, mean: list[float]) -> _Strategy:
+        """The run's, which was kept if the last suggestion was of it, too: it has seen most of the generations."""
+        of = (repr(space), run, mean)
+        if self.__dict__.get("_kept", (None,))[0] != of:
+            self.__dict__["_kept"] = of, _Strategy(space, mean, self.sigma, self.population, 2**run)
+        return self.__dict__["_kept"][1]
 
 
 def _centre(history: History, space: Space) -> list[float]:
@@ -81,34 +88,37 @@ class _Strategy:
     """One run over the coordinates that have more than one value; ``mean`` [D] is in the unit cube of the space."""
 
     def __init__(self, space: Space, mean: Sequence[float], sigma: float, population: int, times: int):
-        self.space, self.mean = space, mean
+        self.space, self.mean, self.sigma = space, mean, sigma
         free = {name: setting for name, setting in space.settings.items() if setting.count > 1}
         self.choices = [name for name, setting in free.items() if isinstance(setting, Choice)]
         self.stepped = [n for n, setting in free.items() if n not in self.choices and setting.count <= MANY]
         self.smooth = [name for name in free if name not in (*self.choices, *self.stepped)]
-        self.dimensions = len(free)
-        if not free:
-            return
-        size = times * (population or 4 + math.floor(3 * math.log(len(free))))
-        at = dict(zip(space, mean))
+        self.size = times * (population or 4 + math.floor(3 * math.log(len(free))))
+        self._begin()
+
+    def _begin(self) -> None:
+        self._told: list[tuple[Mapping[str, Any], float]] = []
+        at = dict(zip(self.space, self.mean))
         start = np.array([at[name] for name in (*self.smooth, *self.stepped)])
-        if len(self.smooth) == len(free):
-            bounds = np.tile([0.0, 1.0], (len(free), 1))
-            self._model: CMA | CatCMAwM = CMA(start, sigma, bounds, population_size=size, seed=0)
+        if not self.stepped and not self.choices:
+            bounds = np.tile([0.0, 1.0], (len(start), 1))
+            self._model: CMA | CatCMAwM = CMA(start, self.sigma, bounds, population_size=self.size, seed=0)
         else:
+            places = [[self.space[name].unit(v) for v in self.space[name].values()] for name in self.stepped]
             self._model = CatCMAwM(
                 [[0.0, 1.0]] * len(self.smooth) or None,
-                [self._places(name) for name in self.stepped] or None,
-                [len(space[name].values()) for name in self.choices] or None,
-                population_size=size,
+                places or None,
+                self._counts or None,
+                population_size=self.size,
                 mean=start if len(start) else None,
-                sigma=sigma,
+                sigma=self.sigma,
                 cov=np.eye(len(start)) if len(start) else None,
                 seed=0,
             )
 
-    def _places(self, name: str) -> list[float]:
-        return [self.space[name].unit(value) for value in self.space[name].values()]
+    @property
+    def _counts(self) -> list[int]:
+        return [int(self.space[name].count) for name in self.choices]
 
     @property
     def converged(self) -> bool:
@@ -131,24 +141,25 @@ class _Strategy:
             point["x"] = given._v_raw.tolist()
         if given.c is not None:
             places = np.argmax(given.c, 1)
-            counts = [len(self.space[name].values()) for name in self.choices]
-            units |= {name: (place + 0.5) / n for name, place, n in zip(self.choices, places, counts)}
+            units |= {name: (place + 0.5) / n for name, place, n in zip(self.choices, places, self._counts)}
             point["c"] = places.tolist()
         return self.space.decode(np.array(list(units.values()))), point
 
     def replay(self, told: list[tuple[Mapping[str, Any], float]]) -> None:
         """Tells it all whole generations."""
-        size = self._model.population_size
+        told = told[: len(told) // self.size * self.size]
+        if told[: len(self._told)] != self._told:
+            self._begin()
         with warnings.catch_warnings():
             # Its penalty for equal losses is the median of nothing, and has no effect.
             warnings.simplefilter("ignore", RuntimeWarning)
-            for start in range(0, len(told) - size + 1, size):
-                self._model.tell([(self._point(point), loss) for point, loss in told[start : start + size]])
+            for start in range(len(self._told), len(told), self.size):
+                self._model.tell([(self._point(point), loss) for point, loss in told[start : start + self.size]])
+        self._told = told
 
     def _point(self, point: Mapping[str, Any]) -> Any:
         x = np.array(point["x"]) if "x" in point else None
         if isinstance(self._model, CMA):
             return x
-        hot = max((len(self.space[name].values()) for name in self.choices), default=0)
-        c = np.eye(hot, dtype=bool)[point["c"]] if "c" in point else None
+        c = np.eye(max(self._counts), dtype=bool)[point["c"]] if "c" in point else None
         return CatCMAwM.Solution(c=c, _v_raw=x)
