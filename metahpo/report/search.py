@@ -38,13 +38,18 @@ from metahpo.searchers.study import Study
 from metahpo.training.checkpoint import write_atomically
 
 BEST_TRIALS, MOST_FAILURES = 10, 20
+# Below each picture.
 ABOUT = {
     "history": "Each point is a trial.",
-    "parallel": "Each line is a trial; a gap is a setting that does not exist there.",
+    "parallel": (
+        "Each line is a trial, of those that went on from one another the last; a gap is a setting that does not exist "
+        "there."
+    ),
     "slices": "Trials that are still at work are left out.",
     "importance": (
-        "By functional ANOVA over random forests (Hutter, Hoos and Leyton-Brown 2014), of settings alone, without their "
-        "interactions. The fewer trials, and the less a searcher strays from the best, the less it can be trusted."
+        "By functional ANOVA over random forests (Hutter, Hoos and Leyton-Brown 2014), of each setting alone, without "
+        "interactions; trials are drawn again and again with replacement. The fewer there are, and the less a searcher "
+        "strays from the best, the less the shares can be trusted."
     ),
     "rungs": "Each line is a trial with those it went on from.",
     "front": "",
@@ -222,15 +227,28 @@ def _failures(study: Study) -> str:
     failed = [r for r in study.trials if r.state == "failed"]
     if not failed:
         return ""
-    lines = [f"- trial {r.number}: {_last_line(r)}" for r in failed[:MOST_FAILURES]]
-    if len(failed) > MOST_FAILURES:
-        lines.append(f"- and {len(failed) - MOST_FAILURES} more; the study keeps their tracebacks")
+    reasons: dict[str, list[int]] = {}
+    for record in failed:
+        reasons.setdefault(_reason(record), []).append(record.number)
+    lines = []
+    for reason, numbers in list(reasons.items())[:MOST_FAILURES]:
+        more = f" and {len(numbers) - MOST_FAILURES} more" if len(numbers) > MOST_FAILURES else ""
+        listed = ", ".join(map(str, numbers[:MOST_FAILURES]))
+        lines.append(f"- trial{'s' if len(numbers) > 1 else ''} {listed}{more}: {reason}")
+    if len(reasons) > MOST_FAILURES:
+        lines.append(f"- and {len(reasons) - MOST_FAILURES} other reasons; the study keeps the tracebacks")
     return "\n".join(["## Failures", "", *lines])
 
 
-def _last_line(record: TrialRecord) -> str:
-    lines = [line for line in (record.error or "").splitlines() if line.strip()]
-    return f"`{one_line(lines[-1]).replace('`', chr(39))}`" if lines else "no reason kept"
+def _reason(record: TrialRecord) -> str:
+    """What a failed trial's error says, in one line: of a traceback what comes after its last frame."""
+    lines = (record.error or "").strip().splitlines()
+    frames = [i for i, line in enumerate(lines) if line.startswith("  ")]
+    last = next((i for i in reversed(frames) if lines[i].startswith('  File "')), None)
+    if last is not None:
+        lines = lines[next((i for i in range(last, len(lines)) if i not in frames), last) :]
+    said = one_line(" ".join(lines)).replace("`", "'")
+    return f"`{said}`" if said else "no reason kept"
 
 
 def _dashboard(run_dir: Path, options: Mapping[str, Any]) -> str:

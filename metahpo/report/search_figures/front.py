@@ -10,7 +10,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from metahpo.report.search_figures.looks import BEST, Words
+from metahpo.report.search_figures.looks import BEST, Words, counted
 from metahpo.searchers.study import Study
 
 MOST_NUMBERED = 12
@@ -49,7 +49,8 @@ def draw_front(data: Front, words: Words) -> Figure:
         _draw_pair(axis, data, words, x, y, alone=len(pairs) == 1)
     for axis in axes[len(pairs) :]:
         axis.set_visible(False)
-    figure.suptitle(f"Pareto front: {len(data.numbers)} trials that no other one beats in all objectives", fontsize=12)
+    title = f"Pareto front: {counted(len(data.numbers), 'trial')} that no other one beats in all objectives"
+    figure.suptitle(title, fontsize=12)
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=2, frameon=False)
     return figure

@@ -10,11 +10,12 @@ from matplotlib.ticker import MaxNLocator
 
 from metahpo.report.search_figures.looks import (
     BEST,
-    FAILED,
     Scale,
     Words,
     budget_of,
     budgets_of,
+    draw_failed,
+    draw_points,
     in_legend,
     is_multi_fidelity,
     rung_colours,
@@ -77,24 +78,18 @@ def draw_history(data: SearchHistory, words: Words) -> Figure:
     size = 28 if len(data.x) <= 120 else 14
     for rung, budget in enumerate(data.budgets):
         label = words.budget(budget) if data.by_budget else "trial"
-        for beyond, marker in ((False, "o"), (True, "v" if words.higher() else "^")):
-            chosen = (data.rungs == rung) & (scale.beyond(data.scores) == beyond)
-            if chosen.any():
-                place = scale.clip(data.scores[chosen])
-                shown = (label if rung in named else None) if not beyond else "off the scale"
-                axis.scatter(data.x[chosen], place, size, color=colours[rung], marker=marker, alpha=0.85, label=shown)
+        there = data.rungs == rung
+        colour = [colours[rung]] * int(there.sum())
+        draw_points(axis, scale, data.x[there], data.scores[there], size, colour, label if rung in named else None)
     if len(data.best):
         where = f"best so far at {words.budget(data.budgets[-1])}" if data.by_budget else "best so far"
         axis.step(data.best_x, data.best, where="post", color=BEST, linewidth=1.8, label=where)
-    if len(data.failed_x):
-        bottom = axis.get_xaxis_transform()
-        axis.scatter(
-            data.failed_x, np.full(len(data.failed_x), 0.04), 30, transform=bottom, label="failed (no score)", **FAILED
-        )
-    unit = "" if words.unit == "budget" else f" ({words.unit})"
+    draw_failed(axis, data.failed_x, "failed (no score)")
+    if len(data.x) + len(data.failed_x) == 1:
+        axis.set_xlim(-1, 1 + 2 * float(np.append(data.x, data.failed_x)[0]))
     axis.set(
         title="optimisation history",
-        xlabel=f"budget used so far{unit}" if data.by_budget else "trial",
+        xlabel=words.used if data.by_budget else "trial",
         ylabel=words.axis(),
     )
     if not data.by_budget:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,15 +15,16 @@ from optuna.importance import FanovaImportanceEvaluator, get_param_importances
 from scipy.stats import rankdata
 
 from metahpo.report.search_figures.looks import Words, budget_of, is_multi_fidelity, rung_colours
+from metahpo.report.search_figures.ticks import short
 from metahpo.searchers.records import TrialRecord
 from metahpo.searchers.settings import Choice
 from metahpo.searchers.space import Space
 from metahpo.searchers.study import Study
 
 FEWEST_TRIALS = 10
-RESAMPLES, TREES = 30, 8
+RESAMPLES, TREES = 20, 8
 # In each resample, for the time of fANOVA grows with it: a few seconds.
-MOST_TRIALS = 200
+MOST_TRIALS = 150
 
 
 @dataclass(frozen=True)
@@ -84,7 +86,7 @@ def draw_importance(data: Importance, words: Words) -> Figure:
     axis.errorbar(data.shares, places, xerr=reach, fmt="none", color="0.15", capsize=3, linewidth=1.2)
     for place, share, high in zip(places, data.shares, data.high):
         axis.text(max(share, high) + 0.012, place, f"{share:.0%}", va="center", fontsize=8)
-    axis.set_yticks(places, data.names, fontsize=9)
+    axis.set_yticks(places, [short(name) for name in data.names], fontsize=9)
     where = "" if data.budget is None else f" of {words.budget(data.budget)}"
     axis.set(
         title=f"importance for {words.objectives[0]}, by {data.trials} trials{where}",
@@ -106,9 +108,11 @@ def _resampled(
     found = []
     for resample in range(RESAMPLES):
         chosen = rng.integers(len(records), size=min(len(records), MOST_TRIALS))
-        if np.ptp(scores[chosen]) > 0:
-            filled = np.where(np.isnan(points), rng.random(points.shape), points)
-            found.append(_shares(space, filled[chosen], scores[chosen], resample))
+        filled = np.where(np.isnan(points), rng.random(points.shape), points)
+        # A forest whose every tree got one score alone says nothing.
+        with suppress(RuntimeError):
+            if np.ptp(scores[chosen]) > 0:
+                found.append(_shares(space, filled[chosen], scores[chosen], resample))
     return np.array(found)
 
 

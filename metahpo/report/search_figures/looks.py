@@ -40,7 +40,17 @@ class Words:
         """An amount of training; an infinite one is that of a trial without a budget."""
         if math.isinf(amount):
             return "full budget"
-        return f"{self.unit} {amount:g}" if self.unit == "budget" else f"{amount:g} {self.unit}"
+        if self.unit == "budget":
+            return f"budget {amount:g}"
+        if self.unit == "data":
+            return f"{amount:.3g} of the data"
+        return f"{amount:g} {self.unit.removesuffix('s') if amount == 1 else self.unit}"
+
+    @property
+    def used(self) -> str:
+        """The label of an axis of the training used in all."""
+        unit = {"budget": "", "data": " (times the whole data)"}.get(self.unit, f" ({self.unit})")
+        return f"budget used so far{unit}"
 
 
 @dataclass(frozen=True)
@@ -63,7 +73,7 @@ class Scale:
         # Of three in four trials; a diverged one should not make all others look the same.
         usual = abs(float(np.quantile(values, 0.25 if higher else 0.75)) - (high if higher else low))
         if usual and high - low > 20 * usual:
-            low, high = (high - 5 * usual, high) if higher else (low, low + 5 * usual)
+            low, high = (high - 2 * usual, high) if higher else (low, low + 2 * usual)
         if low == high:
             low, high = low - 0.5 * (abs(low) or 1.0), high + 0.5 * (abs(high) or 1.0)
         return cls(low, high)
@@ -87,6 +97,29 @@ class Scale:
         else:
             reach = self.high - self.low
             axis.set_ylim(self.low - below * reach, self.high + 0.05 * reach)
+
+
+def draw_points(
+    axis: Axes, scale: Scale, x: np.ndarray, scores: np.ndarray, size: float, colours: Sequence[Any], label: str | None
+) -> None:
+    """Points [N] of one colour each; those off the scale as triangles at its edge."""
+    beyond = scale.beyond(scores)
+    for chosen, marker in ((~beyond, "o"), (beyond & (scores < scale.low), "v"), (beyond & (scores > scale.high), "^")):
+        if chosen.any():
+            shown = [colour for colour, one in zip(colours, chosen) if one]
+            name = label if marker == "o" else "off the scale" if label else None
+            axis.scatter(x[chosen], scale.clip(scores[chosen]), size, c=shown, marker=marker, alpha=0.85, label=name)
+
+
+def draw_failed(axis: Axes, x: np.ndarray, label: str | None = None) -> None:
+    """Crosses along the bottom."""
+    if len(x):
+        bottom = axis.get_xaxis_transform()
+        axis.scatter(x, np.full(len(x), 0.045), 26, transform=bottom, label=label, **FAILED)
+
+
+def counted(count: int, what: str) -> str:
+    return f"{count} {what}{'' if count == 1 else 's'}"
 
 
 def score_colours(higher: bool) -> Any:

@@ -10,10 +10,13 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
 
-from metahpo.report.search_figures.looks import BEST, Scale, Words, score_colours
-from metahpo.report.search_figures.ticks import ticks
+from metahpo.report.search_figures.looks import BEST, Scale, Words, counted, score_colours
+from metahpo.report.search_figures.ticks import short, ticks
 from metahpo.searchers.space import Space
 from metahpo.searchers.study import Study
+
+# Longer names are written aslant.
+LONGEST_LEVEL = 14
 
 
 @dataclass(frozen=True)
@@ -48,17 +51,19 @@ def parallel(study: Study) -> Parallel:
 
 def draw_parallel(data: Parallel, words: Words) -> Figure:
     """An axis a setting, the last one the score, which is the colour bar too."""
-    names, count = list(data.space), len(data.space)
-    figure = Figure(figsize=(min(max(7.0, 2.5 + 1.2 * count), 40.0), 5.6), dpi=100, layout="constrained")
+    names, count = [short(name) for name in data.space], len(data.space)
+    figure = Figure(figsize=(min(max(8.0, 2.5 + 1.2 * count), 40.0), 5.6), dpi=100, layout="constrained")
     axis = figure.subplots()
     scale, colours = Scale.of(data.scores, words.higher()), score_colours(words.higher())
     norm = scale.norm()
     heights = np.asarray(norm(scale.clip(data.scores)))
-    crowd = min(1.0, 12 / math.sqrt(max(len(data.scores), 1)) / 1.5)
+    # Of many lines the poor ones should not hide the others.
+    crowd = min(1.0, 8 / math.sqrt(max(len(data.scores), 1)))
     outline = [withStroke(linewidth=4.5, foreground="white")]
     for number, places, height in zip(data.numbers, data.places, heights):
         best = number == data.best
-        line = {"color": BEST if best else colours(height), "alpha": 1.0 if best else 0.35 + 0.6 * crowd}
+        good = height if words.higher() else 1 - height
+        line = {"color": BEST if best else colours(height), "alpha": 1.0 if best else crowd + (1 - crowd) * good**2}
         # A setting between two that do not exist has no line: its point shows it.
         axis.plot(
             range(count + 1),
@@ -72,23 +77,24 @@ def draw_parallel(data: Parallel, words: Words) -> Figure:
         )
     axis.vlines(range(count), 0, 1, color="0.3", linewidth=0.8, zorder=0.5)
     paper = {"facecolor": "white", "edgecolor": "none", "alpha": 0.75, "pad": 0.8}
-    for column, name in enumerate(names):
-        for place, label in zip(*ticks(data.space[name])):
+    for column, setting in enumerate(data.space.settings.values()):
+        for place, label in zip(*ticks(setting)):
             axis.plot([column - 0.03, column], [place, place], color="0.3", linewidth=0.8)
             axis.text(column - 0.06, place, label, fontsize=8, ha="right", va="center", bbox=paper, zorder=5)
-    axis.set_xticks(range(count), names, rotation=25, ha="right", rotation_mode="anchor", fontsize=9)
+    axis.set_xticks(range(count), names, fontsize=9)
+    if max(map(len, names)) > LONGEST_LEVEL:
+        axis.set_xticks(range(count), names, rotation=25, ha="right", rotation_mode="anchor")
     axis.set(xlim=(-0.55, count), ylim=(-0.03, 1.03), yticks=[])
     axis.spines[:].set_visible(False)
     axis.tick_params(length=0)
     bar = figure.colorbar(
         ScalarMappable(norm, colours),
-        cax=axis.inset_axes((1.0, 0.03 / 1.06, 0.25 / (count + 0.55), 1 / 1.06)),
-        extend="neither",
+        cax=axis.inset_axes((1.0, 0.03 / 1.06, min(0.03, 0.25 / (count + 0.55)), 1 / 1.06)),
     )
     bar.set_label(words.axis())
-    cut = scale.beyond(data.scores).any()
-    note = f"; worse than {scale.low if words.higher() else scale.high:.3g} at the edge" if cut else ""
-    axis.set_title(f"{len(data.numbers)} trials through their settings, darker is better{note}", pad=26)
+    cut = scale.beyond(data.scores).sum()
+    title = f"{counted(len(data.numbers), 'trial')} through their settings; darker is better"
+    axis.set_title(f"{title}\n({cut} off the scale, drawn at its edge)" if cut else title, loc="left", fontsize=12)
     if data.best in data.numbers:
-        axis.legend(loc="lower right", bbox_to_anchor=(1.0, 1.0), frameon=False)
+        axis.legend(loc="lower right", bbox_to_anchor=(1.0, 0.99), frameon=False)
     return figure

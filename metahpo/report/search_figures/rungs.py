@@ -8,7 +8,16 @@ from dataclasses import dataclass
 import numpy as np
 from matplotlib.figure import Figure
 
-from metahpo.report.search_figures.looks import BEST, Scale, Words, budget_of, budgets_of, in_legend, rung_colours
+from metahpo.report.search_figures.looks import (
+    BEST,
+    Scale,
+    Words,
+    budget_of,
+    budgets_of,
+    counted,
+    in_legend,
+    rung_colours,
+)
 from metahpo.searchers.base import Proposal
 from metahpo.searchers.records import TrialRecord
 from metahpo.searchers.study import Study
@@ -40,13 +49,15 @@ class Rung:
 
 @dataclass(frozen=True)
 class Rungs:
-    """curves: one for each trial that none went on from; by_report: whether they are of reports, not of final scores."""
+    """curves: one for each trial that none went on from; by_report: whether they are of reports, not of last scores;
+    same_unit: whether reports count what budgets count."""
 
     rungs: tuple[Rung, ...]
     curves: tuple[Curve, ...]
     budgets: tuple[float, ...]
     best: int | None
     by_report: bool
+    same_unit: bool
 
 
 def rungs(study: Study) -> Rungs:
@@ -74,8 +85,9 @@ def rungs(study: Study) -> Rungs:
         tuple(_rung(study, budget, parents) for budget in budgets),
         tuple(curves),
         budgets,
-        best and best.number,
+        None if best is None else best.number,
         by_report,
+        not by_report or all(_counts_budget(r) for r in records if r.state == "complete" and r.reports),
     )
 
 
@@ -98,8 +110,9 @@ def draw_rungs(data: Rungs, words: Words) -> Figure:
     scale = Scale.of((score for curve in data.curves for score in curve.scores), words.higher())
     scale.prepare(axis)
     colours, named = rung_colours(len(data.budgets)), in_legend(len(data.budgets))
-    for budget in data.budgets[:-1]:
-        axis.axvline(budget, color="0.8", linewidth=0.8, zorder=0)
+    levels = [budget for budget in data.budgets if math.isfinite(budget)] if data.same_unit else []
+    for level in levels:
+        axis.axvline(level, color="0.85", linewidth=0.8, zorder=0)
     for curve in sorted(data.curves, key=lambda curve: (curve.rung, curve.number == data.best)):
         best = curve.number == data.best
         axis.plot(
@@ -112,19 +125,21 @@ def draw_rungs(data: Rungs, words: Words) -> Figure:
             alpha=0.9,
         )
     for rung in named:
-        count = sum(curve.rung == rung for curve in data.curves)
-        label = f"to {words.budget(data.budgets[rung])} ({count} trial{'s' if count != 1 else ''})"
+        reached = counted(sum(curve.rung == rung for curve in data.curves), "trial")
+        label = f"to {words.budget(data.budgets[rung])} ({reached})"
         axis.plot([], [], color=colours[rung], label=label)
     if data.best is not None:
         axis.plot([], [], color=BEST, linewidth=1.8, label=f"best (trial {data.best})")
     steps = np.concatenate([curve.steps for curve in data.curves]) if data.curves else np.array([])
-    if len(steps) and steps.min() > 0 and steps.max() >= 16 * data.budgets[0]:
+    if len(steps) and steps.min() > 0 and len(levels) > 2 and levels[-1] >= 8 * levels[0]:
         axis.set_xscale("log")
-        shown = [budget for budget in data.budgets if math.isfinite(budget)]
-        axis.set_xticks(shown, [f"{budget:g}" for budget in shown])
+        shown = [levels[i] for i in in_legend(len(levels))]
+        axis.set_xticks(shown, [f"{level:.4g}" for level in shown])
         axis.minorticks_off()
-    step = words.unit if words.unit != "budget" else "step of the report" if data.by_report else "budget"
-    axis.set(title="how far each trial came", xlabel=step, ylabel=words.axis())
+    label = {"epochs": "epoch", "data": "fraction of the data"}.get(words.unit, words.unit)
+    if not data.same_unit:
+        label = "step of the report" if words.unit == "budget" else "epoch"
+    axis.set(title="how far each trial came", xlabel=label, ylabel=words.axis())
     axis.grid(axis="y", alpha=0.25)
     axis.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
     return figure
@@ -136,6 +151,11 @@ def _line(record: TrialRecord, records: list[TrialRecord]) -> list[TrialRecord]:
     while line[-1].parent is not None:
         line.append(records[line[-1].parent])
     return line[::-1]
+
+
+def _counts_budget(record: TrialRecord) -> bool:
+    """Whether the last step reported is the budget; steps may count from 0."""
+    return record.budget is not None and abs(max(record.reports) - record.budget) <= 1
 
 
 def _end(record: TrialRecord) -> dict[float, float]:

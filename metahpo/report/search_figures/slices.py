@@ -16,11 +16,13 @@ from metahpo.report.search_figures.looks import (
     Words,
     budget_of,
     budgets_of,
+    draw_failed,
+    draw_points,
     in_legend,
     is_multi_fidelity,
     rung_colours,
 )
-from metahpo.report.search_figures.ticks import text, ticks
+from metahpo.report.search_figures.ticks import short, text, ticks
 from metahpo.searchers.settings import Setting
 from metahpo.searchers.study import Study
 
@@ -32,7 +34,7 @@ MOST_SPREAD = 12
 @dataclass(frozen=True)
 class Slice:
     """The complete trials [N] that have the setting: places in the unit interval, scores, rungs (places in the
-    search's budgets), numbers; and the failed ones' places [F]."""
+    search's budgets), numbers; and the failed ones' places [F] and numbers [F]."""
 
     name: str
     setting: Setting
@@ -41,6 +43,7 @@ class Slice:
     rungs: np.ndarray
     numbers: np.ndarray
     failed: np.ndarray
+    failed_numbers: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -61,6 +64,7 @@ def slices(study: Study) -> Slices:
     panels = []
     for name, setting in study.space.settings.items():
         there = [r for r in complete if name in r.settings]
+        lost = [r for r in failed if name in r.settings]
         panels.append(
             Slice(
                 name,
@@ -69,7 +73,8 @@ def slices(study: Study) -> Slices:
                 np.array([r.score for r in there], dtype=float),
                 np.array([budgets.index(budget_of(r)) for r in there], dtype=int),
                 np.array([r.number for r in there], dtype=int),
-                np.array([setting.unit(r.settings[name]) for r in failed if name in r.settings]),
+                np.array([setting.unit(r.settings[name]) for r in lost]),
+                np.array([r.number for r in lost], dtype=int),
             )
         )
     best = study.best
@@ -86,8 +91,9 @@ def draw_slices(data: Slices, words: Words) -> Figure:
     scale = Scale.of((score for panel in data.panels for score in panel.scores), words.higher())
     colours, any_failed = rung_colours(len(data.budgets) or 1), any(len(panel.failed) for panel in data.panels)
     scale.prepare(axes[0], any_failed)
+    size = 20 if max(len(panel.places) for panel in data.panels) <= 120 else 9
     for axis, panel in zip(axes, data.panels):
-        _draw_panel(axis, panel, data.best, scale, colours)
+        _draw_panel(axis, panel, data.best, scale, colours, size)
     for axis in axes[count:]:
         axis.set_visible(False)
     figure.suptitle("score by setting", fontsize=12)
@@ -100,6 +106,9 @@ def draw_slices(data: Slices, words: Words) -> Figure:
     if data.best is not None:
         handles.append(axes[0].scatter([], [], 60, facecolors="none", edgecolors=BEST, linewidth=1.8))
         labels.append(f"best (trial {data.best})")
+    if any(scale.beyond(panel.scores).any() for panel in data.panels):
+        handles.append(axes[0].scatter([], [], 24, color="0.5", marker="v" if words.higher() else "^"))
+        labels.append("off the scale")
     if any_failed:
         handles.append(axes[0].scatter([], [], 24, **FAILED))
         labels.append("failed (no score)")
@@ -108,19 +117,17 @@ def draw_slices(data: Slices, words: Words) -> Figure:
     return figure
 
 
-def _draw_panel(axis: Axes, panel: Slice, best: int | None, scale: Scale, colours: list) -> None:
-    x, y = _spread(panel), scale.clip(panel.scores)
-    size = 20 if len(x) <= 120 else 9
-    axis.scatter(x, y, size, color=[colours[rung] for rung in panel.rungs], alpha=0.85)
+def _draw_panel(axis: Axes, panel: Slice, best: int | None, scale: Scale, colours: list, size: float) -> None:
+    x, y = _spread(panel.setting, panel.places, panel.numbers), scale.clip(panel.scores)
+    draw_points(axis, scale, x, panel.scores, size, [colours[rung] for rung in panel.rungs], None)
     chosen = panel.numbers == best
     axis.scatter(x[chosen], y[chosen], 70, facecolors="none", edgecolors=BEST, linewidth=1.8, zorder=4)
-    bottom = axis.get_xaxis_transform()
-    axis.scatter(panel.failed, np.full(len(panel.failed), 0.05), 22, transform=bottom, **FAILED)
+    draw_failed(axis, _spread(panel.setting, panel.failed, panel.failed_numbers))
     places, labels = ticks(panel.setting, most=4)
     crowded = sum(map(len, labels)) > 30
     axis.set_xticks(places, labels, fontsize=8, rotation=30 if crowded else 0, ha="right" if crowded else "center")
     axis.set(xlim=(-0.04, 1.04))
-    axis.set_title(panel.name, fontsize=10, pad=14 if panel.setting.when else None)
+    axis.set_title(short(panel.name), fontsize=10, pad=14 if panel.setting.when else None)
     if panel.setting.when:
         axis.text(0.5, 1.02, _condition(panel.setting), transform=axis.transAxes, fontsize=7, ha="center", va="bottom")
     axis.tick_params(axis="y", labelsize=8)
@@ -133,10 +140,10 @@ def _condition(setting: Setting) -> str:
     return whole if len(whole) <= 60 else f"{whole[:59]}…"
 
 
-def _spread(panel: Slice) -> np.ndarray:
+def _spread(setting: Setting, places: np.ndarray, numbers: np.ndarray) -> np.ndarray:
     """The places, those of a setting with few values beside one another, the same each time."""
-    if panel.setting.count > MOST_SPREAD:
-        return panel.places
+    if setting.count > MOST_SPREAD:
+        return places
     # Multiples of the golden section never come close together.
-    offsets = (panel.numbers * 0.6180339887) % 1.0 - 0.5
-    return panel.places + 0.5 * offsets / panel.setting.count
+    offsets = (numbers * 0.6180339887) % 1.0 - 0.5
+    return places + 0.5 * offsets / setting.count

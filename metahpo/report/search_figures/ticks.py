@@ -9,12 +9,15 @@ from matplotlib.ticker import MaxNLocator
 
 from metahpo.searchers.settings import Choice, Setting
 
-MOST_CHOICES, LONGEST_TEXT = 12, 14
+LONGEST_TEXT, LONGEST_NAME = 14, 28
 
 
 def ticks(setting: Setting, most: int = 5) -> tuple[list[float], list[str]]:
-    """Places in the unit interval and what is written there; most: about how many for a range of numbers."""
-    values = _options(setting) if isinstance(setting, Choice) else _numbers(setting, most)
+    """Places in the unit interval and what is written there; most: about how many, twice as many for a choice."""
+    if isinstance(setting, Choice):
+        values = list(setting.options)[:: math.ceil(len(setting.options) / (2 * most))]
+    else:
+        values = _numbers(setting, most)
     return [setting.unit(value) for value in values], [text(value) for value in values]
 
 
@@ -23,11 +26,14 @@ def text(value: Any, digits: int = 4) -> str:
     if isinstance(value, float):
         return f"{value:.{digits}g}"
     written = str(value).lower() if isinstance(value, bool) or value is None else str(value)
-    return written if len(written) <= LONGEST_TEXT else f"{written[: LONGEST_TEXT - 1]}…"
+    if len(written) <= LONGEST_TEXT:
+        return written
+    return f"{written[: LONGEST_TEXT // 2 - 1]}…{written[-LONGEST_TEXT // 2 :]}"
 
 
-def _options(setting: Choice) -> list[Any]:
-    return list(setting.options)[:: math.ceil(len(setting.options) / MOST_CHOICES)]
+def short(name: str) -> str:
+    """A setting's name, without the beginning of a long one."""
+    return name if len(name) <= LONGEST_NAME else f"…{name[1 - LONGEST_NAME :]}"
 
 
 def _numbers(setting: Any, most: int) -> list[Any]:
