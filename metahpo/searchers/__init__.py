@@ -5,6 +5,7 @@ from metahpo.searchers.base import History as History
 from metahpo.searchers.base import Observation as Observation
 from metahpo.searchers.base import Proposal as Proposal
 from metahpo.searchers.base import Searcher as Searcher
+from metahpo.searchers.bayesian import Bayesian as Bayesian
 from metahpo.searchers.bohb import BOHB as BOHB
 from metahpo.searchers.cma_es import CMAES as CMAES
 from metahpo.searchers.differential_evolution import DifferentialEvolution as DifferentialEvolution

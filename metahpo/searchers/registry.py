@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from metahpo.searchers.asha import ASHA
 from metahpo.searchers.base import Searcher
+from metahpo.searchers.bayesian import Bayesian
 from metahpo.searchers.bohb import BOHB
 from metahpo.searchers.cma_es import CMAES
 from metahpo.searchers.differential_evolution import DifferentialEvolution
@@ -27,6 +28,7 @@ SEARCHERS: dict[str, type[Searcher]] = {
     "differential_evolution": DifferentialEvolution,
     "cma_es": CMAES,
     "tpe": TPE,
+    "bayesian": Bayesian,
     "successive_halving": SuccessiveHalving,
     "hyperband": Hyperband,
     "asha": ASHA,

@@ -23,6 +23,8 @@ class Space:
     """
 
     def __init__(self, settings: Mapping[str, Setting] | None = None, /, **named: Setting):
+        if not isinstance(settings, (Mapping, type(None))):
+            raise SearchError(f"space: should map names to settings, found {settings!r}")
         self.settings: dict[str, Setting] = {**(settings or {}), **named}
         if not self.settings:
             raise SearchError("space: has no setting; expected at least one, such as inner_lr=Float(1e-3, 1, log=True)")
@@ -56,7 +58,8 @@ class Space:
         return f"Space({self.settings!r})"
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Space) and list(self.settings.items()) == list(other.settings.items())
+        # By their text, for True == 1 == 1.0.
+        return isinstance(other, Space) and repr(self) == repr(other)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.settings)
@@ -82,7 +85,7 @@ class Space:
     def check(self, settings: Mapping[str, Any]) -> None:
         """Raises SearchError unless ``settings`` has a value of the right type and range for each that exists."""
         if unknown := [name for name in settings if name not in self.settings]:
-            raise SearchError(f"no setting {unknown[0]!r} in the space; {did_you_mean(unknown[0], self.settings)}")
+            raise SearchError(f"no setting {unknown[0]!r} in the space; {did_you_mean(str(unknown[0]), self.settings)}")
         active = self.active(settings)
         for name in self.settings:
             if name in active and name not in settings:
@@ -94,6 +97,10 @@ class Space:
                 self.settings[name].check(settings[name])
             except SearchError as error:
                 raise SearchError(f"setting {name!r} {error}") from None
+
+    def parents_first(self) -> list[str]:
+        """The names, those that others depend on before these."""
+        return list(self._order)
 
     def decode(self, units: np.ndarray) -> Settings:
         """The settings at a point [D] of the unit cube, a coordinate each; those that do not exist are left out."""
@@ -137,7 +144,7 @@ class Space:
         for name, setting in self.settings.items():
             for other, values in setting.when.items():
                 if other not in self.settings:
-                    raise SearchError(f"space.{name}: when names {other!r}, {did_you_mean(other, self.settings)}")
+                    raise SearchError(f"space.{name}: when names {other!r}, {did_you_mean(str(other), self.settings)}")
                 if isinstance(self.settings[other], Float):
                     raise SearchError(f"space.{name}: when names {other!r}, which should be a Choice or an Int")
                 for value in values:

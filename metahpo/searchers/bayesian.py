@@ -1,0 +1,83 @@
+"""Bayesian optimisation by a Gaussian process."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from metahpo.errors import SearchError, did_you_mean
+from metahpo.searchers.acquisition import ACQUISITIONS, Cube, acquisition, key, maximised
+from metahpo.searchers.base import History, Searcher, initial
+from metahpo.searchers.gaussian_process import GaussianProcess, features, fit
+from metahpo.searchers.space import Settings, Space
+
+
+@dataclass(frozen=True)
+class Bayesian(Searcher):
+    """A Gaussian process learns the loss from the trials so far; the next one is where the acquisition is largest.
+
+    acquisition: log_ei (the logarithm of the expected improvement, Ament et al. 2023), ucb (confidence bound, Srinivas
+    et al. 2010), pi (probability of improvement) or batch_ei (qLogEI, which integrates over the trials at work; the
+    others take these to give what the process expects). initial: trials at random before. beta: ucb's, how much an
+    uncertain place is worth.
+    """
+
+    acquisition: str = "log_ei"
+    initial: int = 10
+    beta: float = 2.0
+
+    def check(self, space: Space) -> None:
+        if self.acquisition not in ACQUISITIONS:
+            raise SearchError(
+                f"acquisition: found {self.acquisition!r}; {did_you_mean(self.acquisition, ACQUISITIONS)}"
+            )
+        if self.initial < 2 or self.beta < 0:
+            raise SearchError(f"initial should be at least 2 and beta at least 0, found {self.initial} and {self.beta}")
+
+    def suggest(self, history: History, space: Space, rng: np.random.Generator) -> Settings:
+        if (settings := initial(history, space, rng, self.initial)) is not None:
+            return settings
+        if len(history.complete) < 2:
+            return space.sample(rng)
+        cube = Cube(space)
+        told = cube.snap(np.array([space.encode(o.settings) for o, _ in history.told]))
+        values = transformed(np.array([loss for _, loss in history.told]))
+        inputs, owners = features(space, told)
+        found = fit(inputs, owners, values)
+        gp = GaussianProcess(found, inputs, owners, values)
+        at_work = None
+        if history.pending:
+            points = cube.snap(np.array([space.encode(o.settings) for o in history.pending]))
+            at_work = torch.as_tensor(features(space, points)[0])
+            if self.acquisition != "batch_ei":
+                expected = gp.posterior(at_work).mean[:, 0].numpy()
+                together = np.concatenate([inputs, at_work.numpy()]), owners, np.concatenate([values, expected])
+                gp = GaussianProcess(found, *together)
+        function = acquisition(self.acquisition, gp, float(values.max()), self.beta, at_work, int(rng.integers(2**31)))
+
+        def score(points: np.ndarray) -> np.ndarray:
+            with torch.no_grad():
+                return function(torch.as_tensor(features(space, points)[0])[:, None]).numpy()
+
+        taken = {key(point) for point in cube.snap(np.array([space.encode(o.settings) for o in history]))}
+        best = told[np.argsort(-values)[:5]]
+        point = maximised(cube, score, best, rng, taken)
+        return space.sample(rng) if point is None else space.decode(point)
+
+
+def transformed(losses: np.ndarray) -> np.ndarray:
+    """Losses [N] as values to maximise, of mean 0 and deviation 1; of bad losses only that they are bad.
+
+    Where trainings diverge losses differ by powers of ten, which would hide all differences among the good ones: those
+    beyond twice as far from the median as the best one are taken to be there.
+    """
+    middle, best = np.median(losses), losses.min()
+    capped = np.minimum(losses, middle + 2 * (middle - best))
+    return -(capped - capped.mean()) / max(capped.std(), 1e-12)
+
+
+def _incumbent(gp: GaussianProcess, inputs: np.ndarray, values: np.ndarray) -> float:
+    """The value to improve on: the best that the process expects where trials were, free of their noise's luck."""
+    return float(gp.posterior(torch.as_tensor(inputs)[:, None]).mean.max())

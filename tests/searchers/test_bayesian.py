@@ -1,0 +1,100 @@
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from metahpo.errors import SearchError
+from metahpo.searchers import Choice, Float, Int, Random, Space, Study
+from metahpo.searchers.acquisition import ACQUISITIONS
+from metahpo.searchers.bayesian import Bayesian, transformed
+
+BRANIN = Space(x=Float(-5, 10), y=Float(0, 15))
+
+
+def branin(x: float, y: float) -> float:
+    return (
+        (y - 5.1 / (4 * math.pi**2) * x**2 + 5 / math.pi * x - 6) ** 2
+        + 10 * (1 - 1 / (8 * math.pi)) * math.cos(x)
+        + 10
+        - 0.397887
+    )
+
+
+def best_of(searcher, space, objective, trials, seed=0, workers=1):
+    study = Study(space, searcher, seed=seed)
+    return study.optimize(lambda trial: objective(**trial.settings), trials).score
+
+
+@pytest.mark.parametrize("name", ACQUISITIONS)
+def test_every_acquisition_finds_branins_minimum(name):
+    losses = [best_of(Bayesian(name), BRANIN, branin, 40, seed) for seed in range(2)]
+    assert max(losses) < 0.1, losses
+    # Of random search with as many trials; its median is about 1.5.
+    assert max(losses) < best_of(Random(), BRANIN, branin, 40)
+
+
+def test_choices_conditions_and_stepped_ranges_are_learnt():
+    space = Space(
+        rule=Choice("a", "b", "c", "d"),
+        x=Float(0, 1),
+        n=Int(1, 50, when={"rule": "c"}),
+        lr=Float(1e-5, 1, log=True, when={"rule": ["b", "c"]}),
+    )
+
+    def objective(rule, x, n=30, lr=1.0):
+        return "dbac".index(rule) ** 2 * -0.1 + (x - 0.7) ** 2 + 0.001 * (n - 7) ** 2 + (math.log10(lr) + 3) ** 2 / 9
+
+    found = [best_of(Bayesian(), space, objective, 45, seed) for seed in range(2)]
+    # The least there is -0.9; one setting of rule gives it.
+    assert max(found) < -0.85, found
+
+
+def test_losses_that_explode_do_not_blind_it():
+    """Where trainings diverge losses are as large as floats go; all else should still be told apart."""
+
+    def objective(x, y):
+        return 1e30 * (x + 6) if y > 12 else branin(x, y)
+
+    assert best_of(Bayesian(), BRANIN, objective, 40) < 0.2
+
+
+def test_values_are_normal_and_larger_for_smaller_losses():
+    values = transformed(np.array([3.0, 1.0, 1e30, 2.0, 2.0]))
+    assert values[1] == values.max() and values[2] == values.min() and values[3] == values[4]
+    assert abs(values.mean()) < 1e-12 or abs(values.mean()) < 0.1
+
+
+def test_a_space_with_few_settings_is_tried_whole_then_goes_on():
+    space = Space(a=Int(1, 3), b=Choice(True, False))
+    study = Study(space, Bayesian(initial=2))
+    study.optimize(lambda trial: trial["a"] - trial["b"], 12)
+    settings = [str(t.settings) for t in study.trials]
+    assert len(set(settings)) == 6 and study.best.score == 0
+    # Nothing is tried twice as long as there is something new, beyond the random ones at the beginning.
+    assert len(set(settings[2:8])) >= 5
+
+
+def test_pending_trials_are_kept_away_from():
+    """Four asked for at once are four different places, by every acquisition."""
+    for name in ACQUISITIONS:
+        study = Study(BRANIN, Bayesian(name, initial=6))
+        study.optimize(lambda trial: branin(**trial.settings), 12)
+        asked = np.array([BRANIN.encode(study.ask().settings) for _ in range(4)])
+        distances = np.linalg.norm(asked[:, None] - asked[None], axis=-1)[np.triu_indices(4, 1)]
+        assert distances.min() > 1e-3, (name, distances)
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"acquisition": "log_eu"}, "acquisition: found 'log_eu'; did you mean 'log_ei'?"),
+        ({"initial": 1}, "initial should be at least 2 and beta at least 0, found 1 and 2.0"),
+        ({"beta": -1.0}, "initial should be at least 2 and beta at least 0, found 10 and -1.0"),
+    ],
+)
+def test_bad_options_are_told(options, expected):
+    with pytest.raises(SearchError, match="^" + expected.replace("?", r"\?") + "$"):
+        Study(BRANIN, replace(Bayesian(), **options))
