@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from metahpo import __version__, torchrun
+from metahpo.cli_search import add_search
 from metahpo.cli_tune import add_tune
 from metahpo.errors import MetaHPOError, NonFiniteError, RankError, UsageError, one_line
-from metahpo.run_dirs import check_new, existing_run_dir, new_run_dir
+from metahpo.run_dirs import check_new, existing_run_dir, is_search, new_run_dir, trained_run_dir
 
 TRAIN = """Meta-trains the learner that CONFIG describes, tests it, and writes a report.
 
@@ -105,6 +106,7 @@ def _parser() -> argparse.ArgumentParser:
     train.set_defaults(run=_train)
 
     add_tune(commands, _positive)
+    add_search(commands)
 
     evaluate = commands.add_parser(
         "evaluate",
@@ -160,6 +162,8 @@ def _train(options: argparse.Namespace) -> int:
         trainer.fit(
             options.until_epoch, on_epoch=lambda row: show(_epoch_line(row, config.training.epochs), flush=True)
         )
+        if ranks.first:
+            print(_best_line(trainer.history))
         learner, tasks = _test(config, run_dir, "test", config.training.test_tasks, ranks)
         if ranks.first:
             _write_report(run_dir, learner, tasks.task(0))
@@ -202,7 +206,7 @@ def _resumed(options: argparse.Namespace, ranks: Any):
     from metahpo.config_file import load_config
 
     run_dir = Path(options.resume)
-    config = ranks.on_first(lambda: load_config(existing_run_dir(options.resume) / "config.yaml"))
+    config = ranks.on_first(lambda: load_config(trained_run_dir(options.resume) / "config.yaml"))
     trainer = resume_trainer(config, run_dir)
     if ranks.first:
         if trainer.epoch < config.training.epochs:
@@ -210,14 +214,6 @@ def _resumed(options: argparse.Namespace, ranks: Any):
         else:
             print(f"{run_dir} is trained: all {trainer.epoch} epochs are done")
     return config, run_dir, trainer
-
-
-def _trained_run_dir(name: str) -> Path:
-    """The run directory of a training; a tuning's is refused with what to do."""
-    path = existing_run_dir(name)
-    if any(line.startswith("tune:") for line in (path / "config.yaml").read_text(encoding="utf-8").splitlines()):
-        raise UsageError(f"{name} is the run of a tuning; metahpo tune KIND --resume {name} tests and reports it again")
-    return path
 
 
 def _nothing(*args: Any, **kwargs: Any) -> None:
@@ -230,7 +226,7 @@ def _evaluate(options: argparse.Namespace) -> int:
 
     with process_group() as ranks:
         run_dir = Path(options.run_dir)
-        config = ranks.on_first(lambda: load_config(_trained_run_dir(options.run_dir) / "config.yaml"))
+        config = ranks.on_first(lambda: load_config(trained_run_dir(options.run_dir) / "config.yaml"))
         _test(config, run_dir, options.split, options.tasks or config.training.test_tasks, ranks)
     return 0
 
@@ -240,7 +236,11 @@ def _report(options: argparse.Namespace) -> int:
     from metahpo.config_file import load_config
     from metahpo.training.ensemble import load_best
 
-    run_dir = _trained_run_dir(options.run_dir)
+    if is_search(existing_run_dir(options.run_dir)):
+        from metahpo.cli_search import report_search
+
+        return report_search(Path(options.run_dir))
+    run_dir = trained_run_dir(options.run_dir)
     config = load_config(run_dir / "config.yaml")
     tasks = build_tasks(config, ("test",))["test"]
     learner = build_learner(config, tasks.task(0))
@@ -283,6 +283,16 @@ def _epoch_line(row: dict[str, float], epochs: int) -> str:
         before = f", before adapting {row['val_loss_before']:.4f}" if "val_loss_before" in row else ""
         result = f"val loss {row['val_loss']:.4f} ± {row['val_loss_ci']:.4f}{before}"
     return f"epoch {int(row['epoch'])}/{epochs}  train loss {row['train_loss']:.4f}  {result}  {row['seconds']:.0f} s"
+
+
+def _best_line(history: Sequence[dict[str, float]]) -> str:
+    """The epoch that is tested; with all digits, for a search gives that figure as a trial's score."""
+    from metahpo.training.metrics import best_epochs
+
+    best = best_epochs(history, 1)[0]
+    row = next(row for row in history if row["epoch"] == best)
+    name = "accuracy" if "val_accuracy" in row else "loss"
+    return f"best epoch by validation: {best}, {name} {row[f'val_{name}']!r}"
 
 
 def _result(row: dict[str, float]) -> str:

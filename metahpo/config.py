@@ -136,7 +136,7 @@ def tag(key: str) -> Discriminator:
     return Discriminator(chosen)
 
 
-NAME_KEY = {"data": "source", "net": "name", "learner": "name"}
+NAME_KEY = {"data": "source", "net": "name", "learner": "name", "objective": "name"}
 UNIONS: dict[str, dict[str, type[Settings]]] = {
     "data": {
         "glyphs": GlyphsSettings,

@@ -24,6 +24,14 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), schema: Schema 
     Raises ConfigError with every error at once, a line each, naming the dotted key, what was found and what was
     expected.
     """
+    tree = read_tree(path, schema)
+    for override in overrides:
+        apply_override(tree, override, schema)
+    return validate(tree, str(path), schema)
+
+
+def read_tree(path: str | Path, schema: Schema = RUN) -> dict[str, Any]:
+    """A config file's content, not yet validated; bare names of sections as {name: ...}. Raises ConfigError."""
     path = Path(path)
     try:
         text = path.read_text(encoding="utf-8")
@@ -43,9 +51,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), schema: Schema 
     for key in schema.unions:
         if isinstance(tree.get(key), str):
             tree[key] = {NAME_KEY[key]: tree[key]}
-    for override in overrides:
-        _override(tree, override, schema)
-    return validate(tree, str(path), schema)
+    return tree
 
 
 def validate(tree: Mapping[str, Any], where: str, schema: Schema = RUN) -> Any:
@@ -90,7 +96,8 @@ def _fields(section: str, model: type[BaseModel]) -> Iterator[str]:
         yield f"  {section}.{name:22} {default:16} {field.description or ''}".rstrip()
 
 
-def _override(tree: dict[str, Any], override: str, schema: Schema) -> None:
+def parse_override(override: str) -> tuple[str, Any]:
+    """The dotted key and the value of KEY.SUB=VALUE."""
     key, equals, text = override.partition("=")
     if not equals or not key:
         raise ConfigError(f"{override!r} is not an override; expected KEY.SUB=VALUE")
@@ -98,6 +105,12 @@ def _override(tree: dict[str, Any], override: str, schema: Schema) -> None:
         value = _parse(text)
     except ValueError:
         raise ConfigError(f"the value in {override!r} is not YAML") from None
+    return key, value
+
+
+def apply_override(tree: dict[str, Any], override: str, schema: Schema = RUN) -> None:
+    """Puts the value of KEY.SUB=VALUE in its place in the tree."""
+    key, value = parse_override(override)
     try:
         set_key(tree, key, value, schema)
     except ConfigError as error:

@@ -76,7 +76,7 @@ def _problem(task: Task) -> str | None:
 
 def call(name: str, key: str, args: dict[str, Any], *first: Any, optional: dict[str, Any] | None = None) -> Any:
     """Calls the user's MODULE:ATTRIBUTE as (*first, **args), with those of ``optional`` that it takes."""
-    function = _import(name, key)
+    function = find(name, key)
     kwargs = dict(args)
     try:
         taken = inspect.signature(function).parameters
@@ -96,7 +96,8 @@ def call(name: str, key: str, args: dict[str, Any], *first: Any, optional: dict[
         raise ConfigError(f"{key}: {name} failed: {brief(error)}") from error
 
 
-def _import(name: str, key: str) -> Callable[..., Any]:
+def find(name: str, key: str) -> Callable[..., Any]:
+    """The user's MODULE:ATTRIBUTE, a function or class; key: where the name stands, for the error."""
     module_name, _, attribute = name.partition(":")
     if (here := str(Path.cwd())) not in sys.path:
         sys.path.insert(0, here)

@@ -7,7 +7,7 @@ import os
 import time
 from pathlib import Path
 
-from metahpo.errors import CheckpointError, ConfigError
+from metahpo.errors import CheckpointError, ConfigError, UsageError
 
 
 def check_new(run_dir: Path) -> None:
@@ -28,6 +28,29 @@ def existing_run_dir(name: str) -> Path:
     if not (path / "config.yaml").exists():
         raise CheckpointError(f"{name} is not a run directory: it has no config.yaml")
     return path
+
+
+def is_search(run_dir: Path) -> bool:
+    """Whether that is the run directory of a search."""
+    return _has_section(run_dir, "space")
+
+
+def trained_run_dir(name: str) -> Path:
+    """The run directory of a training; those of tunings and searches are refused with what to do."""
+    path = existing_run_dir(name)
+    if _has_section(path, "tune"):
+        raise UsageError(f"{name} is the run of a tuning; metahpo tune KIND --resume {name} tests and reports it again")
+    if is_search(path):
+        raise UsageError(
+            f"{name} is the run of a search; metahpo search --resume {name} goes on with it, "
+            f"and metahpo train {path / 'best.yaml'} trains its best"
+        )
+    return path
+
+
+def _has_section(run_dir: Path, section: str) -> bool:
+    lines = (run_dir / "config.yaml").read_text(encoding="utf-8", errors="replace").splitlines()
+    return any(line.startswith(f"{section}:") for line in lines)
 
 
 def new_run_dir(config: Path) -> Path:

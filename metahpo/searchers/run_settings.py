@@ -18,9 +18,9 @@ def run_tree(config: RunConfig | Mapping[str, Any] | str | Path) -> dict[str, An
     if isinstance(config, RunConfig):
         return config.model_dump(mode="json", exclude_unset=True, exclude={"run_dir"})
     tree = copy.deepcopy({key: value for key, value in config.items() if key != "run_dir"})
-    for section, key in NAME_KEY.items():
+    for section in UNIONS:
         if isinstance(tree.get(section), str):
-            tree[section] = {key: tree[section]}
+            tree[section] = {NAME_KEY[section]: tree[section]}
     return tree
 
 
@@ -31,7 +31,7 @@ def with_settings(tree: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[
     that the new kind has not; ``learner`` itself as a key replaces the whole section.
     """
     tree = copy.deepcopy(dict(tree))
-    names = [f"{section}.{key}" for section, key in NAME_KEY.items()]
+    names = [f"{section}.{NAME_KEY[section]}" for section in UNIONS]
     # Whole sections come first and then names, lest they undo the rest.
     for key in sorted(settings, key=lambda k: ("." in k, k not in names)):
         set_key(tree, key, copy.deepcopy(settings[key]))

@@ -14,13 +14,13 @@ import numpy as np
 
 from metahpo.building import load_images
 from metahpo.config import CustomTasks, RunConfig, SinusoidSettings
-from metahpo.config_file import validate
+from metahpo.config_file import load_config, validate
 from metahpo.errors import SearchError, did_you_mean
 from metahpo.searchers.outcome import Outcome
 from metahpo.searchers.run_settings import run_tree, trial_config
 from metahpo.searchers.trial import Trial
 from metahpo.searchers.trial_run import TrialRun
-from metahpo.tasks import LabelledImages
+from metahpo.tasks import LabelledImages, Task
 from metahpo.training.metrics import Row, score
 
 Fidelity = Literal["epochs", "iterations", "tasks", "data"]
@@ -90,6 +90,19 @@ class TrainingObjective:
         """The config of a trial with these settings; raises ConfigError."""
         return trial_config(self.tree, settings, "trial")
 
+    def check(self, example: Task) -> None:
+        """Raises SearchError unless runs on tasks like ``example`` can be judged and trained as asked."""
+        if "accuracy" in self.objectives and example.query_y.is_floating_point():
+            raise SearchError("objective accuracy: the tasks are regression, which has none; choose loss")
+        self._images(self.config({}), "run-fold-0", None)
+
+    def kept_config(self, folder: Path | None, settings: Mapping[str, Any]) -> RunConfig:
+        """The config of the run that a trial left in its folder (of several the first), with engine and threads as
+        they were; that of the settings if there is no such folder."""
+        config = self.config(settings)
+        path = folder and folder / next(iter(self._parts(config))) / "config.yaml"
+        return load_config(path) if path and path.exists() else config
+
     def __call__(self, trial: Trial) -> Outcome:
         if trial.parent is not None and trial.parent_folder is None:
             raise SearchError(
@@ -127,8 +140,7 @@ class TrainingObjective:
             if report and epoch * run.config.training.iterations > run.first_update:
                 trial.report(epoch, mean(curve[epoch] for curve in curves))
 
-        if "accuracy" in self.objectives and run.trainer.val_tasks.task(0).query_y.is_floating_point():
-            raise SearchError("objective accuracy: the tasks are regression, which has none; choose loss")
+        self.check(run.trainer.val_tasks.task(0))
         for row in run.trainer.history:
             note(row)
         run.fit(self._updates(run.config, trial.budget), note)

@@ -1,0 +1,142 @@
+"""``metahpo search``: any keys of a config, or settings of your own function, by a classic searcher."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from metahpo.errors import CheckpointError, UsageError
+from metahpo.run_dirs import check_new, existing_run_dir, is_search, new_run_dir
+
+if TYPE_CHECKING:
+    from metahpo.search_building import Search
+    from metahpo.search_config import SearchConfig
+
+SEARCH = """Searches the settings that CONFIG names for the best, and writes a report.
+
+CONFIG holds a run (the config of a training, or its path), a space of its keys, and a searcher:
+
+  run: ../quick.yaml
+  space:
+    learner.inner_lr: {float: [0.01, 1], log: true}
+    net.filters: {choice: [16, 32]}
+  searcher: {name: hyperband, max_budget: 5}
+  search: {budget: 60, workers: 2}
+
+Overrides change any key of it, and of the run:
+
+  metahpo search CONFIG search.trials=20 run.training.epochs=3
+
+The run directory (default: runs/CONFIG/DATE-TIME) holds config.yaml, study.db (Optuna's dashboard opens it), the run
+of each trial, best.yaml (which metahpo train takes), and report/report.md. Ctrl-C or SIGTERM saves all that is at work
+and exits with 130 or 143; --resume goes on from there, or after a crash, and may change how much is searched and where:
+
+  metahpo search --resume RUN_DIR search.trials=40 search.workers=4"""
+
+
+def add_search(commands: Any) -> None:
+    """Adds the command to the parser's commands."""
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = commands.add_parser("search", help="search settings by trials", description=SEARCH, formatter_class=raw)
+    parser.add_argument("config", nargs="?", metavar="CONFIG", help="a YAML file, such as those in configs/*/search/")
+    parser.add_argument("overrides", nargs="*", metavar="KEY.SUB=VALUE", help="settings that replace the config's")
+    parser.add_argument("--keys", action="store_true", help="print every key with its default and meaning")
+    parser.add_argument("--resume", metavar="RUN_DIR", help="go on with a search that was stopped")
+    parser.set_defaults(run=_search)
+
+
+def _search(options: argparse.Namespace) -> int:
+    # Imported here, so that --help and usage errors answer at once.
+    from metahpo.search_building import build_search, make_executor
+    from metahpo.search_keys import describe_search_keys
+
+    if options.keys:
+        print(describe_search_keys())
+        return 0
+    config, run_dir = _resumed(options) if options.resume else _begun(options)
+    executor = make_executor(config.search)
+    search = build_search(config, f"{run_dir}/config.yaml" if options.resume else options.config)
+    run_dir = _ready(options, config, run_dir)
+    with search.study(run_dir) as study:
+        _run(search, study, executor, run_dir)
+    return 0
+
+
+def _begun(options: argparse.Namespace) -> tuple[SearchConfig, Path | None]:
+    from metahpo.search_config import load_search
+
+    if not options.config:
+        raise UsageError("a CONFIG is needed, or --resume RUN_DIR; see metahpo search --help")
+    config = load_search(options.config, options.overrides)
+    if config.run_dir:
+        check_new(config.run_dir)
+        if (config.run_dir / "config.yaml").exists():
+            raise CheckpointError(f"{config.run_dir} already holds a run; --resume it or choose another run_dir")
+    return config, config.run_dir
+
+
+def _resumed(options: argparse.Namespace) -> tuple[SearchConfig, Path]:
+    from metahpo.search_config import CHANGEABLE, load_search
+
+    # The first argument is taken for a CONFIG.
+    given = [options.config, *options.overrides] if options.config else options.overrides
+    allowed = [f"search.{key}" for key in CHANGEABLE]
+    for override in given:
+        if override.partition("=")[0] not in allowed:
+            raise UsageError(
+                f"--resume takes the run's own config, of which only {', '.join(allowed)} may change; "
+                f"found {override!r} as well"
+            )
+    run_dir = existing_run_dir(options.resume)
+    if not is_search(run_dir):
+        raise UsageError(f"{options.resume} is not the run of a search; metahpo train or tune --resume goes on with it")
+    return load_search(run_dir / "config.yaml", given), run_dir
+
+
+def _ready(options: argparse.Namespace, config: SearchConfig, run_dir: Path | None) -> Path:
+    """Makes the run directory and writes the config and versions there."""
+    import json
+
+    from metahpo.config_file import dump_config
+    from metahpo.training.checkpoint import write_atomically
+    from metahpo.training.environment import versions
+    from metahpo.training.settings import device_of
+
+    run_dir = run_dir or new_run_dir(Path(options.config))
+    run_dir.mkdir(parents=True, exist_ok=True)
+    write_atomically(run_dir / "config.yaml", dump_config(config).encode())
+    device = ((config.run or {}).get("training") or {}).get("device", "auto")
+    write_atomically(run_dir / "versions.json", json.dumps(versions(device_of(device)), indent=2).encode())
+    return run_dir
+
+
+def _run(search: Search, study: Any, executor: Any, run_dir: Path) -> None:
+    from metahpo.search_results import SearchLog
+
+    settings = search.config.search
+    log = SearchLog(search, study, run_dir)
+    log.begin(executor.workers)
+    study.optimize(
+        search.objective,
+        settings.trials,
+        executor,
+        budget=settings.budget,
+        max_failures=settings.max_failures,
+        max_attempts=settings.max_attempts,
+        on_trial=log.trial,
+    )
+    log.end()
+
+
+def report_search(run_dir: Path) -> int:
+    """Writes the report of a search's run again."""
+    from metahpo.report.search import write_search_report
+    from metahpo.search_config import load_search
+    from metahpo.searchers.study import Study
+
+    search = load_search(run_dir / "config.yaml").search
+    storage = search.storage or run_dir / "study.db"
+    with Study.open(storage, name=search.name) as study:
+        print(f"report: {write_search_report(run_dir, study)}")
+    return 0
