@@ -28,7 +28,7 @@ from metahpo.report.search_figures import (
     rungs,
     slices,
 )
-from metahpo.report.search_figures.looks import budget_of, is_multi_fidelity
+from metahpo.report.search_figures.looks import budget_of, counted, is_multi_fidelity
 from metahpo.report.search_figures.rungs import rungs_table
 from metahpo.report.search_figures.ticks import text
 from metahpo.searchers.base import Proposal
@@ -177,7 +177,7 @@ def _summary(study: Study, words: Words) -> str:
     running = f", {counts['running']} at work" if counts["running"] else ""
     seconds = sum(r.seconds or 0.0 for r in records)
     lines = [
-        f"{len(records)} trials: {counts['complete']} complete, {counts['failed']} failed{running}. "
+        f"{counted(len(records), 'trial')}: {counts['complete']} complete, {counts['failed']} failed{running}. "
         f"They took {duration(seconds)} of work in all."
     ]
     if is_multi_fidelity(records):

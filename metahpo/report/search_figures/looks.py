@@ -119,7 +119,7 @@ def draw_failed(axis: Axes, x: np.ndarray, label: str | None = None) -> None:
 
 
 def counted(count: int, what: str) -> str:
-    return f"{count} {what}{'' if count == 1 else 's'}"
+    return f"{count} {what if count == 1 else what + 's'}"
 
 
 def score_colours(higher: bool) -> Any:

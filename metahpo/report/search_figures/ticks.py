@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from typing import Any
 
@@ -25,7 +26,8 @@ def text(value: Any, digits: int = 4) -> str:
     """A value of a setting, short."""
     if isinstance(value, float):
         return f"{value:.{digits}g}"
-    written = str(value).lower() if isinstance(value, bool) or value is None else str(value)
+    # As YAML writes them.
+    written = json.dumps(value) if value is None or isinstance(value, bool) else str(value)
     if len(written) <= LONGEST_TEXT:
         return written
     return f"{written[: LONGEST_TEXT // 2 - 1]}…{written[-LONGEST_TEXT // 2 :]}"
