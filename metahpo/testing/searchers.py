@@ -130,13 +130,17 @@ def check_searcher(
 
 
 def has_a_name(subject: Subject) -> None:
-    """Equal searchers have the same repr, by which a study knows its searcher again, and options are plain values."""
-    first, second = repr(subject.fresh()), repr(subject.fresh())
-    assert first == second and " object at 0x" not in first, (
-        f"its repr {first} is not the same for an equal searcher, so no study could be resumed; make it a dataclass"
+    """Its repr tells its options, by which a study knows it again; and the options are plain values."""
+    searcher, text = subject.searcher, repr(subject.searcher)
+    assert " object at 0x" not in text and text == repr(subject.fresh()), (
+        f"its repr {text} is not the same for an equal searcher, so no study could be resumed; make it a dataclass"
+    )
+    assert type(searcher).__repr__ is not Searcher.__repr__ or not vars(searcher), (
+        f"its repr {text} does not tell {', '.join(vars(searcher))}, so a study would be gone on with by another "
+        "searcher; make it a dataclass"
     )
     try:
-        json.dumps(subject.searcher.options())
+        json.dumps(searcher.options())
     except (TypeError, ValueError) as error:
         raise AssertionError(f"options() should give plain values: {error}") from error
 
@@ -283,7 +287,6 @@ def keeps_to_budgets(subject: Subject) -> None:
             )
         if record.parent is None:
             continue
-        assert 0 <= record.parent < record.number, f"{what}: there was no trial {record.parent} to go on from"
         parent = records[record.parent]
         assert parent.state == "complete", f"{what}: its parent has failed, there is nothing to go on from"
         assert json.dumps(parent.settings) == json.dumps(record.settings), f"{what}: its parent is {told(parent)}"

@@ -1,0 +1,39 @@
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+import pytest
+
+from metahpo.searchers.registry import SEARCHERS
+from metahpo.testing import check_searcher
+
+# So that short searches get beyond the first trials, which are random in most.
+QUICK = {
+    "local_search": {"starts": 3, "patience": 3},
+    "genetic": {"initial": 3, "population": 4},
+    "regularized_evolution": {"population": 4, "sample": 2},
+    "differential_evolution": {"population": 4},
+    "cma_es": {"initial": 2, "population": 3},
+    "tpe": {"initial": 3},
+    "bayesian": {"initial": 3},
+    "successive_halving": {"max_budget": 9},
+    "hyperband": {"max_budget": 9},
+    "asha": {"max_budget": 9},
+    "bohb": {"max_budget": 9},
+}
+# A Gaussian process takes its time.
+TRIALS = {"bayesian": 8, "gradient": 10}
+
+
+@pytest.fixture(autouse=True)
+def _in_memory(monkeypatch):
+    # SQLite waits for the disk after each write, which is not what is tested.
+    if Path("/dev/shm").is_dir():
+        monkeypatch.setattr(tempfile, "tempdir", "/dev/shm")
+
+
+@pytest.mark.parametrize("name", SEARCHERS)
+def test_searcher_conforms(name):
+    searcher = SEARCHERS[name](**QUICK.get(name, {}))
+    check_searcher(searcher, trials=TRIALS.get(name, 20), deterministic=name == "grid")
