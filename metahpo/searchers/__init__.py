@@ -12,8 +12,10 @@ from metahpo.searchers.differential_evolution import DifferentialEvolution as Di
 from metahpo.searchers.executors import Processes as Processes
 from metahpo.searchers.executors import Ray as Ray
 from metahpo.searchers.genetic import Genetic as Genetic
+from metahpo.searchers.gradient import Gradient as Gradient
 from metahpo.searchers.grid import Grid as Grid
 from metahpo.searchers.hyperband import Hyperband as Hyperband
+from metahpo.searchers.hypergradient_objective import HypergradientObjective as HypergradientObjective
 from metahpo.searchers.local_search import LocalSearch as LocalSearch
 from metahpo.searchers.outcome import Outcome as Outcome
 from metahpo.searchers.quasi_random import QuasiRandom as QuasiRandom

@@ -9,6 +9,7 @@ from metahpo.searchers.bohb import BOHB
 from metahpo.searchers.cma_es import CMAES
 from metahpo.searchers.differential_evolution import DifferentialEvolution
 from metahpo.searchers.genetic import Genetic
+from metahpo.searchers.gradient import Gradient
 from metahpo.searchers.grid import Grid
 from metahpo.searchers.hyperband import Hyperband
 from metahpo.searchers.local_search import LocalSearch
@@ -29,6 +30,7 @@ SEARCHERS: dict[str, type[Searcher]] = {
     "cma_es": CMAES,
     "tpe": TPE,
     "bayesian": Bayesian,
+    "gradient": Gradient,
     "successive_halving": SuccessiveHalving,
     "hyperband": Hyperband,
     "asha": ASHA,
