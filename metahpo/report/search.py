@@ -68,16 +68,16 @@ def write_search_report(run_dir: str | Path, study: Study | None = None) -> Path
     """Writes RUN_DIR/report/report.md with its pictures beside it; returns the page's path.
 
     study: the search; None opens RUN_DIR/study.db, or the ``search.storage`` that RUN_DIR/config.yaml names. The search
-    may be at work still. A picture that the study has nothing for is left out, with a sentence that says why.
+    may still be at work. A picture that the study has nothing for is left out, with a sentence that says why.
 
     Raises SearchError if there is no study, DataError if it has no trial or a file of the run is damaged.
     """
     run_dir = Path(run_dir)
-    options = _search_options(run_dir / "config.yaml")
-    with _opened(run_dir, options, study) as shown:
+    config = _config(run_dir / "config.yaml")
+    with _opened(run_dir, config, study) as shown:
         if not shown.trials:
             raise DataError(f"{run_dir}: the study has no trial yet; a report needs at least one")
-        words = _words(shown, options)
+        words = _words(shown, config)
         folder = run_dir / "report"
         folder.mkdir(parents=True, exist_ok=True)
         pictures = _pictures(shown, words, folder)
@@ -90,7 +90,7 @@ def write_search_report(run_dir: str | Path, study: Study | None = None) -> Path
             *pictures,
             _failures(shown),
             config_block(run_dir / "config.yaml"),
-            _dashboard(run_dir, options),
+            _dashboard(run_dir, config),
             versions_table(versions) if versions else "",
         ]
     page = folder / "report.md"
@@ -101,40 +101,39 @@ def write_search_report(run_dir: str | Path, study: Study | None = None) -> Path
 # What the run directory holds.
 
 
-def _search_options(path: Path) -> dict[str, Any]:
-    """The section ``search`` of a run's config; empty where there is none."""
+def _config(path: Path) -> dict[str, dict[str, Any]]:
+    """The sections of a run's config, as it was written; empty where there is none."""
     if not path.exists():
         return {}
     try:
         tree = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise DataError(f"{path} is damaged: {one_line(error)}") from error
-    section = tree.get("search") if isinstance(tree, Mapping) else None
-    return dict(section) if isinstance(section, Mapping) else {}
+    if not isinstance(tree, Mapping):
+        return {}
+    return {name: dict(section) for name, section in tree.items() if isinstance(section, Mapping)}
 
 
-def _storage(run_dir: Path, options: Mapping[str, Any]) -> str | Path:
-    return options.get("storage") or run_dir / "study.db"
+def _storage(run_dir: Path, config: Mapping[str, Mapping[str, Any]]) -> str | Path:
+    return config.get("search", {}).get("storage") or run_dir / "study.db"
 
 
 @contextmanager
-def _opened(run_dir: Path, options: Mapping[str, Any], study: Study | None) -> Iterator[Study]:
+def _opened(run_dir: Path, config: Mapping[str, Mapping[str, Any]], study: Study | None) -> Iterator[Study]:
     if study is not None:
         yield study
         return
-    with Study.open(_storage(run_dir, options)) as found:
+    with Study.open(_storage(run_dir, config), name=config.get("search", {}).get("name", "study")) as found:
         yield found
 
 
-def _words(study: Study, options: Mapping[str, Any]) -> Words:
-    count = len(study.directions)
-    names = options.get("objectives")
-    if isinstance(names, str):
-        names = [names]
+def _words(study: Study, config: Mapping[str, Mapping[str, Any]]) -> Words:
+    """A training names its objectives and its fidelity; a function of one's own does not."""
+    count, objective = len(study.directions), config.get("objective", {})
+    names = objective.get("objectives")
     if not isinstance(names, (list, tuple)) or len(names) != count:
-        names = ["score"] if count == 1 else [f"objective {i + 1}" for i in range(count)]
-    unit = options.get("fidelity")
-    return Words(tuple(map(str, names)), tuple(study.directions), str(unit) if unit else "budget")
+        names = ["score"] if count == 1 else [f"score {i + 1}" for i in range(count)]
+    return Words(tuple(map(str, names)), tuple(study.directions), str(objective.get("fidelity", "budget")))
 
 
 # Pictures.
@@ -251,8 +250,8 @@ def _reason(record: TrialRecord) -> str:
     return f"`{said}`" if said else "no reason kept"
 
 
-def _dashboard(run_dir: Path, options: Mapping[str, Any]) -> str:
-    path = sqlite_path(_storage(run_dir, options))
+def _dashboard(run_dir: Path, config: Mapping[str, Mapping[str, Any]]) -> str:
+    path = sqlite_path(_storage(run_dir, config))
     url = f"sqlite:///{path}" if path else "the study's database URL"
     return f"Optuna's dashboard opens the study too: `pip install optuna-dashboard`, then `optuna-dashboard {url}`."
 

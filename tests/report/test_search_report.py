@@ -176,7 +176,7 @@ def test_slices_leave_out_what_does_not_exist_or_is_at_work():
 def test_ticks_are_values_of_the_setting_at_their_places(setting, labels):
     places, found = ticks(setting)
     assert found == labels
-    assert places == sorted(places) and 0 <= places[0] and places[-1] <= 1
+    assert places == sorted(places) and places[0] >= 0 and places[-1] <= 1
 
 
 @pytest.mark.parametrize(
@@ -333,7 +333,7 @@ def test_the_page_of_a_search_kept_in_a_file(tmp_path):
     with Study(RULES, Random(), tmp_path / "study.db", seed=1) as study:
         study.optimize(objective, trials=14)
         trials, best = study.trials, study.best
-    (tmp_path / "config.yaml").write_text("search:\n  objectives: [loss]\n")
+    (tmp_path / "config.yaml").write_text("objective:\n  objectives: [loss]\n")
     (tmp_path / "versions.json").write_text('{"torch": "2.14"}')
     page = write_search_report(tmp_path)
     assert page == tmp_path / "report" / "report.md"
@@ -349,7 +349,7 @@ def test_the_page_of_a_search_kept_in_a_file(tmp_path):
     assert [int(number) for number, _ in rows] == [r.number for r in ranked]
     listed = ", ".join(map(str, failed))
     assert failed and f"- trial{'s' if len(failed) > 1 else ''} {listed}: `ValueError: too 'many' | steps`" in text
-    assert "| torch | 2.14 |" in text and "```yaml\nsearch:" in text
+    assert "| torch | 2.14 |" in text and "```yaml\nobjective:" in text
     assert f"optuna-dashboard sqlite:///{tmp_path / 'study.db'}" in text
     names = ["history.png", "parallel.png", "slices.png"]
     assert pictures(page)[:3] == names
@@ -358,7 +358,7 @@ def test_the_page_of_a_search_kept_in_a_file(tmp_path):
 
 
 def test_the_page_of_several_fidelities(tmp_path):
-    (tmp_path / "config.yaml").write_text("search:\n  fidelity: epochs\n  objectives: accuracy\n")
+    (tmp_path / "config.yaml").write_text("objective:\n  fidelity: epochs\n  objectives: [accuracy]\n")
     page = write_search_report(tmp_path, halving())
     text = page.read_text()
     assert "8 trials: 6 complete, 1 failed, 1 at work." in text and "Budget used: 15 epochs." in text
@@ -375,7 +375,7 @@ def test_the_page_of_several_objectives(tmp_path, objectives):
     scores = [(0.9, 10.0, 1.0), (0.5, 2.0, 3.0), (0.8, 11.0, 2000.0)]
     study = study_of([({"x": 0.1 * i}, scores[i][:objectives]) for i in range(3)], direction=directions)
     page = write_search_report(tmp_path, study)
-    assert "Objectives: objective 1 (higher is better), objective 2 (lower is better)" in page.read_text()
+    assert "Objectives: score 1 (higher is better), score 2 (lower is better)" in page.read_text()
     assert pictures(page) == ["history.png", "front.png", "parallel.png", "slices.png"]
     assert_picture(page.parent / "front.png")
 
@@ -443,11 +443,11 @@ def test_reports_that_are_not_finite_are_left_out(tmp_path):
 
 
 def test_the_storage_that_the_config_names_is_opened(tmp_path):
-    with Study(LINE, Random(), tmp_path / "elsewhere.db") as study:
+    with Study(LINE, Random(), tmp_path / "elsewhere.db", name="mine") as study:
         study.tell(study.ask({"x": 0.5}), 1.0)
     run_dir = tmp_path / "run"
     run_dir.mkdir()
-    (run_dir / "config.yaml").write_text(f"search:\n  storage: {tmp_path / 'elsewhere.db'}\n")
+    (run_dir / "config.yaml").write_text(f"search:\n  storage: {tmp_path / 'elsewhere.db'}\n  name: mine\n")
     assert "\n\n1 trial: 1 complete, 0 failed." in write_search_report(run_dir).read_text()
 
 
