@@ -111,6 +111,10 @@ class Searcher:
     def check(self, space: Space) -> None:
         """Raises SearchError if the space cannot be searched this way."""
 
+    def __repr__(self) -> str:
+        # By which a study knows its searcher again: without an address. A dataclass has its own.
+        return f"{type(self).__name__}()"
+
     def options(self) -> dict[str, Any]:
         """Its options in plain values."""
         return asdict(self) if is_dataclass(self) else {}

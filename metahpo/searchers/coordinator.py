@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from metahpo.errors import SearchError
 from metahpo.searchers.clock import VirtualClock
-from metahpo.searchers.executors.base import Died, Event, Executor, Finished, Objective, Reported, Result
+from metahpo.searchers.executors.base import Died, Event, Executor, Finished, Objective, Reported, Result, read_result
 from metahpo.searchers.records import TrialRecord
 from metahpo.training.environment import progress
 from metahpo.training.interrupts import Interrupted, Interrupts
@@ -81,8 +81,7 @@ class Coordinator:
         blind = not study.searcher.adaptive
         while True:
             if not clock.full or blind:
-                seen = {r.number for r in records if r.number not in clock.at_work}
-                proposal = study.suggest(seen)
+                proposal = study.suggest(() if blind else clock.at_work)
                 if proposal is not None:
                     break
                 self._over = clock.next() is None or blind
@@ -104,6 +103,11 @@ class Coordinator:
             self.study.report(event.number, event.step, event.score)
         elif isinstance(event, Died):
             self._working.discard(event.number)
+            path = self.study.result_path(event.number)
+            if path and (result := read_result(path)) is not None:
+                # It died after its trial's end, before it could say so.
+                self._finish(event.number, result)
+                return
             record = self.study.died(event.number)
             if record.deaths < self.max_attempts:
                 self._waiting.append(event.number)
@@ -119,8 +123,7 @@ class Coordinator:
         self._failures = self._failures + 1 if record.state == "failed" else 0
         self._last = record
         self._bar.update()
-        best = self.study.best
-        if best is not None:
+        if not self._bar.disable and (best := self.study.best) is not None:
             self._bar.set_postfix_str(f"best {best.score:.5g}, trial {best.number}", refresh=False)
         if self.on_trial:
             self.on_trial(record)
@@ -128,7 +131,7 @@ class Coordinator:
     def _refuse(self) -> None:
         last = (self._last.error or "").strip().splitlines()[-1]
         raise SearchError(
-            f"stopped after {self._failures} failures in a row; the last, trial {self._last.number}: {last} "
+            f"stopped after {self._failures} failures in a row; the last, trial {self._last.number}: {last:.300} "
             "(the study keeps the tracebacks)"
         )
 

@@ -31,6 +31,8 @@ class TrialRecord:
     reports: Mapping[int, float] = field(default_factory=dict)
     seconds: float | None = None
     deaths: int = 0
+    # The notes that came with the proposal: what a searcher may see before the trial has ended.
+    proposed: Mapping[str, Any] = field(default_factory=dict)
     # The virtual clock's times and how many trials had ended by it: see ``VirtualClock``.
     clock: tuple[float, float, int] | None = None
 
@@ -46,4 +48,4 @@ def plain(tree: Any) -> Any:
 
 
 def _plain(value: Any) -> Any:
-    return value.item() if hasattr(value, "item") else dict(value) if isinstance(value, Mapping) else str(value)
+    return value.tolist() if hasattr(value, "tolist") else dict(value) if isinstance(value, Mapping) else str(value)

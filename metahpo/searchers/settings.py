@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from decimal import Decimal
 from typing import Any, ClassVar
 
 from typing_extensions import Self
@@ -31,7 +32,12 @@ class Setting:
     def __post_init__(self) -> None:
         if not isinstance(self.when, Mapping):
             raise SearchError(f"{self.label}: when should map settings to values, found {self.when!r}")
-        conditions = {name: tuple(v) if isinstance(v, (list, tuple)) else (v,) for name, v in self.when.items()}
+        conditions = {}
+        for name, values in self.when.items():
+            where = f"{self.label}: when {name!r}"
+            conditions[name] = tuple(_plain(values if isinstance(values, (list, tuple)) else [values], where))
+            if not conditions[name]:
+                raise SearchError(f"{where} should have at least one value")
         object.__setattr__(self, "when", conditions)
 
     @property
@@ -96,6 +102,8 @@ class _Range(Setting):
             raise SearchError(f"{self.label}: a log range takes no step")
         if self.step is not None and not 0 < self.step <= self.high - self.low:
             raise SearchError(f"{self.label}: step should be above 0 and at most high - low, found {self.step}")
+        if self.step is not None and (self.high - self.low) / self.step > 2**53:
+            raise SearchError(f"{self.label}: step is too small for the range, found {self.step}")
 
     def _check_bounds(self) -> None:
         raise NotImplementedError
@@ -125,6 +133,8 @@ class Float(_Range):
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
                 raise SearchError(f"{self.label}: {name} should be a finite number, found {value!r}")
             object.__setattr__(self, name, float(value))
+        if math.isinf(self.high - self.low):
+            raise SearchError(f"{self.label}: high - low is too large for a number")
 
     @property
     def count(self) -> float:
@@ -132,8 +142,9 @@ class Float(_Range):
 
     def at(self, u: float) -> float:
         if self.step is not None:
-            # Rounded, lest 3 steps of 0.1 be 0.30000000000000004.
-            return float(f"{self.low + _bin(u, self.count) * self.step:.12g}")
+            # In decimals, lest 3 steps of 0.1 be 0.30000000000000004.
+            steps = _bin(u, self.count) * Decimal(repr(self.step))
+            return min(float(Decimal(repr(self.low)) + steps), self.high)
         low, high = (math.log(self.low), math.log(self.high)) if self.log else (self.low, self.high)
         value = low * (1 - u) + high * u
         return min(max(math.exp(value) if self.log else value, self.low), self.high)
@@ -142,13 +153,13 @@ class Float(_Range):
         if self.step is not None:
             return (round((value - self.low) / self.step) + 0.5) / self.count
         if self.log:
-            return math.log(value / self.low) / math.log(self.high / self.low)
+            return (math.log(value) - math.log(self.low)) / (math.log(self.high) - math.log(self.low))
         return (value - self.low) / (self.high - self.low)
 
     def check(self, value: Any) -> None:
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not self.low <= value <= self.high:
             raise SearchError(f"should be a number in [{self.low}, {self.high}], found {value!r}")
-        if self.step is not None and abs(self.at(self.unit(value)) - value) > 1e-9 * max(1.0, abs(value)):
+        if self.step is not None and abs(self.at(self.unit(value)) - value) > 1e-6 * self.step:
             raise SearchError(f"should be {self.low} and a number of steps of {self.step}, found {value!r}")
 
 
@@ -161,9 +172,11 @@ class Int(_Range):
     def _check_bounds(self) -> None:
         for name in ("low", "high", "step"):
             value = getattr(self, name)
-            if (value is None and name == "step") or (isinstance(value, int) and not isinstance(value, bool)):
+            if value is None and name == "step":
                 continue
-            raise SearchError(f"{self.label}: {name} should be a whole number, found {value!r}")
+            # Up to there databases and the unit interval have a place for each.
+            if isinstance(value, bool) or not isinstance(value, int) or abs(value) > 2**53:
+                raise SearchError(f"{self.label}: {name} should be a whole number within 2**53, found {value!r}")
 
     @property
     def count(self) -> float:
@@ -198,14 +211,15 @@ class Choice(Setting):
     kind: ClassVar[str] = "choice"
 
     def __init__(self, *options: Any, when: Mapping[str, Any] | None = None):
-        object.__setattr__(self, "options", tuple(_plain(option) for option in options))
-        object.__setattr__(self, "when", when or {})
+        object.__setattr__(self, "options", options)
+        object.__setattr__(self, "when", {} if when is None else when)
         self.__post_init__()
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not self.options:
             raise SearchError("Choice(): should have at least one option")
+        object.__setattr__(self, "options", tuple(_plain(self.options, f"{self.label}: options")))
         keys = [_key(option) for option in self.options]
         if twice := [o for i, o in enumerate(self.options) if keys[i] in keys[:i]]:
             raise SearchError(f"{self.label}: option {twice[0]!r} is given twice")
@@ -255,12 +269,20 @@ def _bin(u: float, count: float) -> int:
     return min(max(int(u * count), 0), int(count) - 1)
 
 
-def _plain(option: Any) -> Any:
+def _plain(value: Any, where: str) -> Any:
     """Tuples as lists, for YAML and JSON know no others; raises SearchError for what they cannot write."""
+    if isinstance(value, (list, tuple)):
+        return [_plain(one, where) for one in value]
+    if isinstance(value, Mapping) and all(isinstance(key, str) for key in value):
+        return {key: _plain(one, where) for key, one in value.items()}
     try:
-        return json.loads(json.dumps(option, allow_nan=False))
+        if not isinstance(value, Mapping):
+            return json.loads(json.dumps(value, allow_nan=False))
     except (TypeError, ValueError):
-        raise SearchError(f"Choice: an option should be a plain value, found {option!r}") from None
+        pass
+    raise SearchError(
+        f"{where} should be plain (text, numbers, true, null, lists or sections of them), found {value!r}"
+    )
 
 
 def _key(value: Any) -> str:

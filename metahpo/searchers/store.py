@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping
+import sqlite3
+from collections.abc import Callable, Mapping
+from contextlib import closing
+from functools import wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import optuna
 from optuna.distributions import (
@@ -15,9 +18,12 @@ from optuna.distributions import (
     FloatDistribution,
     IntDistribution,
 )
+from optuna.exceptions import StorageInternalError
 from optuna.storages import BaseStorage, InMemoryStorage, RDBStorage
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState, create_trial
+from sqlalchemy.engine import URL
+from sqlalchemy.exc import SQLAlchemyError
 
 from metahpo.errors import SearchError, one_line
 from metahpo.searchers.executors.base import Result
@@ -28,35 +34,57 @@ from metahpo.searchers.space import Space
 # What is kept of a study and a trial beside what Optuna knows; a larger number of a newer metahpo is refused.
 FORMAT = 1
 DIRECTIONS = {"minimize": StudyDirection.MINIMIZE, "maximize": StudyDirection.MAXIMIZE}
+BUSY_SECONDS = 60.0
 STATES = {TrialState.COMPLETE: "complete", TrialState.FAIL: "failed", TrialState.RUNNING: "running"}
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def _in_one_line(method: F) -> F:
+    """The database's errors (damaged, locked, full, gone) as a SearchError."""
+
+    @wraps(method)
+    def wrapped(self: StudyStore, *args: Any, **options: Any) -> Any:
+        try:
+            return method(self, *args, **options)
+        except (SQLAlchemyError, StorageInternalError) as error:
+            raise SearchError(f"{self.storage}: {_said(error.__cause__ or error)}") from error
+
+    return wrapped  # type: ignore[return-value]
 
 
 class StudyStore:
     """One study of a database.
 
-    storage: the path of an SQLite file, a database URL that SQLAlchemy knows, or None for memory. kept: what the study
-    is made of (space, directions, seed, ...), in plain values.
+    storage: the path of an SQLite file, a database URL that SQLAlchemy knows, or None for memory. make: whether the
+    file and its tables are made if they are not there. kept: what the study is made of (space, directions, seed, ...),
+    in plain values. Raises SearchError.
     """
 
-    def __init__(self, storage: str | Path | None, name: str):
+    def __init__(self, storage: str | Path | None, name: str, make: bool = True):
         self.storage, self.name = storage, name
-        self._backend = _open(storage)
+        self._backend = _open(storage, make)
         self._study: int | None = None
         self._ids: dict[int, int] = {}
 
+    @_in_one_line
     def exists(self) -> bool:
-        """Whether the study is there, with what it is made of."""
-        return any(s.study_name == self.name and "metahpo" in s.user_attrs for s in self._backend.get_all_studies())
+        """Whether the study is there; one whose process died while it made it is not, and is removed."""
+        for study in self._backend.get_all_studies():
+            if study.study_name != self.name:
+                continue
+            if "metahpo" in study.user_attrs or self._backend.get_all_trials(study._study_id, deepcopy=False):
+                return True
+            self._backend.delete_study(study._study_id)
+        return False
 
+    @_in_one_line
     def create(self, kept: Mapping[str, Any]) -> None:
         directions = [DIRECTIONS[d] for d in kept["directions"]]
-        # One whose process died between the two lines has no trial yet.
-        for study in self._backend.get_all_studies():
-            if study.study_name == self.name:
-                self._backend.delete_study(study._study_id)
         self._study = self._backend.create_new_study(directions, self.name)
         self._backend.set_study_user_attr(self._study, "metahpo", {"format": FORMAT, **kept})
 
+    @_in_one_line
     def kept(self) -> dict[str, Any]:
         """What ``create`` was given; raises SearchError for a study of another program or a newer version."""
         names = [study.study_name for study in self._backend.get_all_studies()]
@@ -73,17 +101,25 @@ class StudyStore:
             )
         return kept
 
+    @_in_one_line
     def set_kept(self, kept: Mapping[str, Any]) -> None:
         assert self._study is not None
         self._backend.set_study_user_attr(self._study, "metahpo", {"format": FORMAT, **kept})
 
+    @_in_one_line
     def records(self, space: Space) -> list[TrialRecord]:
         """All trials, by number."""
         assert self._study is not None
         trials = self._backend.get_all_trials(self._study, deepcopy=False)
         self._ids = {trial.number: trial._trial_id for trial in trials}
+        for trial in trials:
+            if "metahpo" not in trial.user_attrs:
+                raise SearchError(
+                    f"{self.storage}: trial {trial.number} of study {self.name!r} was not made by metahpo"
+                )
         return [_record(trial, space) for trial in trials]
 
+    @_in_one_line
     def add(self, record: TrialRecord, space: Space) -> int:
         """A new trial, at work, in one transaction; gives its number."""
         assert self._study is not None
@@ -101,12 +137,15 @@ class StudyStore:
         self._ids[number] = trial
         return number
 
+    @_in_one_line
     def report(self, number: int, step: int, score: float) -> None:
         self._backend.set_trial_intermediate_value(self._ids[number], step, score)
 
+    @_in_one_line
     def died(self, number: int, deaths: int) -> None:
         self._backend.set_trial_user_attr(self._ids[number], "deaths", deaths)
 
+    @_in_one_line
     def end(self, number: int, result: Result) -> None:
         """Ends a trial that is at work; the state comes last, so that it has ended whole or not at all."""
         trial = self._ids[number]
@@ -131,11 +170,10 @@ def distribution(setting: Setting) -> BaseDistribution:
     """Optuna's distribution of a setting's values."""
     if isinstance(setting, Float):
         # Optuna wants the last step to end the range.
-        high = setting.high if setting.step is None else setting.values()[-1]
+        high = setting.high if setting.step is None else setting.at(1.0)
         return FloatDistribution(setting.low, high, log=setting.log, step=setting.step)
     if isinstance(setting, Int):
-        high = setting.high if setting.log else setting.values()[-1]
-        return IntDistribution(setting.low, high, log=setting.log, step=setting.step or 1)
+        return IntDistribution(setting.low, setting.at(1.0), log=setting.log, step=setting.step or 1)
     assert isinstance(setting, Choice)
     return CategoricalDistribution([_parameter(setting, option) for option in setting.options])
 
@@ -157,6 +195,7 @@ def _record(trial: FrozenTrial, space: Space) -> TrialRecord:
         budget=kept["budget"],
         parent=kept["parent"],
         notes={**kept["notes"], **result.get("notes", {})},
+        proposed=kept["notes"],
         gradients=result.get("gradients", {}),
         reports=dict(trial.intermediate_values),
         seconds=result.get("seconds"),
@@ -165,24 +204,42 @@ def _record(trial: FrozenTrial, space: Space) -> TrialRecord:
     )
 
 
-def _open(storage: str | Path | None) -> BaseStorage:
+def _open(storage: str | Path | None, make: bool) -> BaseStorage:
     # Optuna's notes on each study and trial, and Alembic's on the tables, are not for our users.
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     logging.getLogger("alembic").setLevel(logging.WARNING)
     if storage is None:
         return InMemoryStorage()
     path = sqlite_path(storage)
-    if path:
-        if path.is_dir():
-            raise SearchError(f"{path} is a folder, expected a study file")
-        path.parent.mkdir(parents=True, exist_ok=True)
-    url = f"sqlite:///{path}" if path else str(storage)
     try:
-        # A reader, such as a dashboard, may hold the file for a moment.
-        return RDBStorage(url, engine_kwargs={"connect_args": {"timeout": 60}} if path else None)
+        if path is None:
+            return RDBStorage(str(storage), skip_table_creation=not make)
+        if path.exists() or not make:
+            _check_file(path, make)
+        # Braces are Optuna's own templates. A reader, such as a dashboard, may hold the file for a moment.
+        url = str(URL.create("sqlite", database=str(path))).replace("{", "{{").replace("}", "}}")
+        return RDBStorage(url, {"connect_args": {"timeout": BUSY_SECONDS}}, skip_table_creation=not make)
+    except SearchError:
+        raise
     except Exception as error:  # SQLAlchemy's, Alembic's and the drivers' have no common base.
         what = "is not a study file" if path else "cannot be opened as a database"
-        raise SearchError(f"{storage} {what}: {one_line(error).partition(' [SQL')[0]}") from error
+        raise SearchError(f"{storage} {what}: {_said(error)}") from error
+
+
+def _check_file(path: Path, make: bool) -> None:
+    """Raises SearchError for what is no study file, before Optuna makes its tables in it."""
+    if not path.is_file():
+        raise SearchError(f"{path} is {'a folder' if path.is_dir() else 'not there'}, expected a study file")
+    with closing(sqlite3.connect(path, timeout=BUSY_SECONDS)) as database:
+        tables = {name for (name,) in database.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
+    if "studies" not in tables and (tables or not make):
+        found = f"tables {', '.join(sorted(tables))}" if tables else "an empty database"
+        raise SearchError(f"{path} is not a study file: found {found:.200}")
+
+
+def _said(error: BaseException) -> str:
+    """What an error of a database says, without the statement and the reference that SQLAlchemy appends."""
+    return one_line(error).partition(" [SQL")[0].partition(" (Background on")[0]
 
 
 def sqlite_path(storage: str | Path) -> Path | None:

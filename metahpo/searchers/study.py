@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -20,6 +20,7 @@ from metahpo.searchers.front import pareto_front, scalarised
 from metahpo.searchers.lock import FileLock
 from metahpo.searchers.random import Random
 from metahpo.searchers.records import TrialRecord, plain
+from metahpo.searchers.settings import same
 from metahpo.searchers.space import Space
 from metahpo.searchers.store import StudyStore, sqlite_path
 from metahpo.searchers.trial import Job, Trial
@@ -53,11 +54,12 @@ class Study:
         name: str = "study",
     ):
         self.space, self.searcher, self.seed, self.name = space, searcher or Random(), seed, name
-        self.directions: list[str] = [direction] if isinstance(direction, str) else list(direction)
-        if not self.directions or set(self.directions) - {"minimize", "maximize"}:
-            raise SearchError(f"direction: should be minimize, maximize, or a list of these, found {direction!r}")
+        self.directions = _directions(direction)
+        for what, number, least in (("seed", seed, 0), ("parallel", 1 if parallel is None else parallel, 1)):
+            if isinstance(number, bool) or not isinstance(number, int) or number < least:
+                raise SearchError(f"{what}: should be a whole number of at least {least}, found {number!r}")
         self.searcher.check(space)
-        self.parallel = parallel
+        self.parallel, self._open = parallel, True
         self.folder = _folder(storage, folder, name)
         self._lock = _locked(storage, self.folder)
         try:
@@ -72,6 +74,7 @@ class Study:
         kept = {"space": self.space.tree(), "directions": self.directions, "seed": self.seed}
         kept |= {"searcher": repr(self.searcher), "parallel": self.parallel}
         if not self._store.exists():
+            self._check_fresh()
             self._store.create(kept)
         else:
             there = self._store.kept()
@@ -81,24 +84,33 @@ class Study:
             elif self.parallel != there["parallel"]:
                 self._store.set_kept(kept)
         self._kept = {**kept, "parallel": self.parallel}
+        self._load()
+
+    def _load(self) -> None:
         self._records = self._store.records(self.space)
+        self._observed = [self._observation(record) for record in self._records]
+
+    def _check_fresh(self) -> None:
+        """A new study must not take the results and checkpoints of another for its own."""
+        for kind in ("trials", "results"):
+            if self.folder and any((self.folder / kind).glob("*")):
+                raise SearchError(f"{self.folder / kind} is of another study; remove it, or give another folder")
 
     @classmethod
     def open(cls, storage: str | Path, *, folder: str | Path | None = None, name: str = "study") -> Study:
         """A study that is there, to look at: nothing can be asked or told. It may be at work in another process."""
-        path = sqlite_path(storage)
-        if path and not path.exists():
-            raise SearchError(f"{storage}: there is no such study file")
         study = cls.__new__(cls)
-        study._store, study._lock, study.name = StudyStore(storage, name), None, name
+        study._store, study._lock, study.name = StudyStore(storage, name, make=False), None, name
+        study._open = False
         kept = study._kept = study._store.kept()
         study.space, study.directions, study.seed = Space.of(kept["space"]), kept["directions"], kept["seed"]
         study.searcher, study.folder, study.parallel = Random(), _folder(storage, folder, name), kept["parallel"]
-        study._records = study._store.records(study.space)
+        study._load()
         return study
 
     def close(self) -> None:
         """Lets go of the study, which another process may then go on with."""
+        self._open = False
         self._store.close()
         if self._lock:
             self._lock.release()
@@ -132,24 +144,20 @@ class Study:
         losses = np.array([self._losses(r) for r in complete]).reshape(len(complete), len(self.directions))
         return sorted((complete[i] for i in pareto_front(losses)), key=lambda r: self._losses(r) or ())
 
-    def history(self, seen: set[int] | None = None) -> History:
-        """What a searcher sees: all trials, of which those not in ``seen`` are pending."""
-        observations = []
-        for record in self._records:
-            pending = record.state == "running" or (seen is not None and record.number not in seen)
-            observations.append(
-                Observation(
-                    record.number,
-                    record.settings,
-                    "pending" if pending else record.state,  # type: ignore[arg-type]
-                    None if pending else self._losses(record),
-                    record.budget,
-                    record.parent,
-                    record.notes,
-                    {} if pending else {k: self._signs()[0] * v for k, v in record.gradients.items()},
-                )
-            )
-        return History(observations)
+    def history(self, unseen: Collection[int] = ()) -> History:
+        """What a searcher sees: all trials, of which those in ``unseen`` are pending even if they have ended."""
+        observed = self._observed.copy()
+        for number in unseen:
+            observed[number] = self._observation(self._records[number], pending=True)
+        return History(observed)
+
+    def _observation(self, record: TrialRecord, pending: bool = False) -> Observation:
+        about = record.number, record.settings
+        whence = record.budget, record.parent
+        if pending or record.state == "running":
+            return Observation(*about, "pending", None, *whence, record.proposed)
+        gradients = {name: self._signs()[0] * value for name, value in record.gradients.items()}
+        return Observation(*about, record.state, self._losses(record), *whence, record.notes, gradients)
 
     def _signs(self) -> list[float]:
         return [-1.0 if direction == "maximize" else 1.0 for direction in self.directions]
@@ -161,11 +169,12 @@ class Study:
 
     def ask(self, settings: Mapping[str, Any] | None = None) -> Trial:
         """The next trial, with settings of your own if you give some. Raises SearchError when the search is over."""
+        self._check_open()
         if settings is not None:
             proposal = Proposal(dict(settings))
             self.space.check(settings)
         else:
-            proposal = self.suggest(None)
+            proposal = self.suggest()
             if proposal is None:
                 more = "before a trial that is at work is told" if self.history().pending else "any more: it is over"
                 raise SearchError(f"{self.searcher!r} suggests nothing {more}")
@@ -174,12 +183,17 @@ class Study:
 
     def tell(self, trial: Trial | int, score: Any = None, error: str | None = None) -> TrialRecord:
         """Ends a trial with what its objective gave (a score, a tuple of them, an ``Outcome``), or with an error."""
+        self._check_open()
         number = trial if isinstance(trial, int) else trial.number
         if not 0 <= number < len(self._records):
             raise SearchError(f"tell: there is no trial {number}; the study has {len(self._records)}")
         if self._records[number].state != "running":
             raise SearchError(f"tell: trial {number} has ended already: {self._records[number].state}")
         return self.end(number, Result(error=error) if error is not None else Result.of(score))
+
+    def _check_open(self) -> None:
+        if not self._open:
+            raise SearchError(f"study {self._store.storage}: is closed, or was opened to look at; nothing can be added")
 
     # Run.
 
@@ -204,6 +218,7 @@ class Study:
 
         Ctrl-C or SIGTERM asks the trainings at work to save themselves and raises ``Interrupted``.
         """
+        self._check_open()
         executor = workers if isinstance(workers, Executor) else Processes(workers) if workers != 1 else Serial()
         if self.parallel is None:
             self.parallel = self._kept["parallel"] = executor.workers
@@ -213,10 +228,10 @@ class Study:
 
     # What the coordinator needs.
 
-    def suggest(self, seen: set[int] | None) -> Proposal | None:
-        """The searcher's next proposal, checked; seen: the trials whose results it may know, None: all that ended."""
+    def suggest(self, unseen: Collection[int] = ()) -> Proposal | None:
+        """The searcher's next proposal, checked; unseen: the trials whose results it may not know yet."""
         rng = np.random.default_rng([self.seed, len(self._records)])
-        given = self.searcher.suggest(scalarised(self.history(seen), rng), self.space, rng)
+        given = self.searcher.suggest(scalarised(self.history(unseen), rng), self.space, rng)
         if given is None:
             return None
         proposal = given if isinstance(given, Proposal) else Proposal(given)
@@ -224,19 +239,29 @@ class Study:
             self.space.check(proposal.settings)
         except SearchError as error:
             raise SearchError(f"{self.searcher!r} suggested what is not in the space: {error}") from error
+        if proposal.parent is not None and not 0 <= proposal.parent < len(self._records):
+            raise SearchError(f"{self.searcher!r} suggested to go on from trial {proposal.parent}, which there is not")
         return proposal
 
     def add(self, proposal: Proposal, times: tuple[float, float, int] | None = None) -> int:
         """Writes a new trial down, at work; gives its number."""
         number, notes = len(self._records), plain(proposal.notes)
         record = TrialRecord(
-            number, proposal.settings, "running", None, None, proposal.budget, proposal.parent, notes, clock=times
+            number,
+            proposal.settings,
+            "running",
+            budget=proposal.budget,
+            parent=proposal.parent,
+            notes=notes,
+            proposed=notes,
+            clock=times,
         )
         if self._store.add(record, self.space) != number:
             raise SearchError(
                 f"{self._store.storage}: another process has written to study {self.name!r}; open it anew"
             )
         self._records.append(record)
+        self._observed.append(self._observation(record))
         return number
 
     def duration(self, proposal: Proposal) -> float:
@@ -303,14 +328,22 @@ class Study:
             gradients=result.gradients,
             seconds=result.seconds,
         )
+        self._observed[number] = self._observation(self._records[number])
         return self._records[number]
+
+
+def _directions(given: Any) -> list[str]:
+    directions = list(given) if isinstance(given, (list, tuple)) else [given]
+    if not directions or any(direction not in ("minimize", "maximize") for direction in directions):
+        raise SearchError(f"direction: should be minimize, maximize, or a list of these, found {given!r}")
+    return directions
 
 
 def _check_same(there: Mapping[str, Any], kept: Mapping[str, Any], storage: Any) -> None:
     """Raises SearchError, naming what differs, if the study that is there is of another search."""
     for name in [*there["space"], *(n for n in kept["space"] if n not in there["space"])]:
         found, asked = there["space"].get(name, "nothing"), kept["space"].get(name, "nothing")
-        if found != asked:
+        if not same(found, asked):
             raise SearchError(f"{storage} is a study of another space: it has {found} for {name!r}, asked was {asked}")
     if list(there["space"]) != list(kept["space"]):
         raise SearchError(

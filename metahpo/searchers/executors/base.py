@@ -8,7 +8,7 @@ import time
 import traceback
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,20 +38,18 @@ class Result:
     seconds: float = 0.0
 
     @classmethod
-    def of(cls, given: Any, **rest: Any) -> Result:
+    def of(cls, given: Any) -> Result:
         """From what an objective gave; what is no score, or is not finite, is an error."""
         outcome = given if isinstance(given, Outcome) else Outcome(given)
         scores = outcome.score if isinstance(outcome.score, (tuple, list)) else (outcome.score,)
         try:
-            numbers = tuple(float(score) for score in scores)
-        except (TypeError, ValueError):
-            return cls(
-                error=f"the objective gave {given!r:.200}, expected a number, a tuple of them, or an Outcome", **rest
-            )
+            numbers = tuple(map(_number, scores))
+        except (TypeError, ValueError, OverflowError):
+            return cls(error=f"the objective gave {given!r:.200}, expected a number, a tuple of them, or an Outcome")
         if not numbers or not all(map(math.isfinite, numbers)):
-            return cls(error=f"the score is {', '.join(map(str, numbers)) or 'empty'}", **rest)
+            return cls(error=f"the score is {', '.join(map(str, numbers)) or 'empty'}")
         gradients = {name: float(value) for name, value in outcome.gradients.items() if math.isfinite(value)}
-        return cls(numbers, gradients=gradients, notes=plain(outcome.notes), **rest)
+        return cls(numbers, gradients=gradients, notes=plain(outcome.notes))
 
 
 @dataclass(frozen=True)
@@ -102,7 +100,7 @@ class Executor:
 def run_job(objective: Objective, job: Job, report: Callable[[int, float], None]) -> Result:
     """Runs a trial to its end, unless it has ended before: then its result is still there.
 
-    What the objective raises is the trial's error; KeyboardInterrupt and SystemExit are let through.
+    What the objective raises is the trial's error; KeyboardInterrupt, by which it is stopped, is let through.
     """
     with ExitStack() as stack:
         if job.result:
@@ -112,11 +110,10 @@ def run_job(objective: Objective, job: Job, report: Callable[[int, float], None]
                 return found
         trial, started = Trial(job, report), time.perf_counter()
         try:
-            given, error = objective(trial), None
-        except Exception as raised:
-            given, error = None, _told(raised)
-        rest = {"reports": trial.reports, "seconds": time.perf_counter() - started}
-        result = Result.of(given, **rest) if error is None else Result(error=error, **rest)
+            result = Result.of(objective(trial))
+        except (Exception, SystemExit) as raised:
+            result = Result(error=_told(raised))
+        result = replace(result, reports=trial.reports, seconds=time.perf_counter() - started)
         if job.result:
             write_result(job.result, result)
         return result
@@ -137,7 +134,13 @@ def read_result(path: Path) -> Result | None:
     return Result(**tree)
 
 
-def _told(error: Exception) -> str:
+def _number(score: Any) -> float:
+    if isinstance(score, str):
+        raise TypeError("text that reads as a number is a mistake all the same")
+    return float(score)
+
+
+def _told(error: BaseException) -> str:
     # metahpo's own errors are written to be read alone.
     text = (
         f"{type(error).__name__}: {error}"

@@ -7,16 +7,16 @@ import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 
 import cloudpickle
 
-from metahpo.errors import SearchError
-from metahpo.searchers.executors.base import Died, Event, Executor, Objective
+from metahpo.errors import SearchError, one_line
+from metahpo.searchers.executors.base import Died, Event, Executor, Finished, Objective
 from metahpo.searchers.trial import Job
 
 # What sets the number of threads of the libraries that torch and NumPy compute with.
@@ -25,9 +25,19 @@ THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
 def shares(workers: int, threads: int | None) -> tuple[int, int]:
     """The number of workers and of each one's threads, by default its share of the cores."""
-    if workers < 1 or (threads is not None and threads < 1):
-        raise SearchError(f"workers and threads should be at least 1, found {workers} and {threads}")
-    return workers, threads or max(1, len(os.sched_getaffinity(0)) // workers)
+    for name, value in (("workers", workers), ("threads", 1 if threads is None else threads)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise SearchError(f"{name} should be a whole number of at least 1, found {value!r}")
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return workers, threads or max(1, cores // workers)
+
+
+def packed(objective: Objective) -> bytes:
+    """The objective, to be sent to another process."""
+    try:
+        return cloudpickle.dumps(objective)
+    except Exception as error:
+        raise SearchError(f"the objective cannot be sent to other processes: {one_line(error)}") from error
 
 
 class Processes(Executor):
@@ -35,7 +45,7 @@ class Processes(Executor):
 
     The objective is sent by cloudpickle: functions of a notebook or a script will do, without a main guard. What it
     prints goes to workers/N.log in the study's folder. A worker that dies is replaced; when the study's own process
-    dies, however that happens, its workers end at once.
+    dies, however that happens, its workers and what they started end at once.
     """
 
     def __init__(self, workers: int, threads: int | None = None):
@@ -43,14 +53,14 @@ class Processes(Executor):
         self._workers: dict[int, _Worker] = {}
 
     def start(self, objective: Objective, folder: Path | None) -> None:
-        try:
-            self._objective = cloudpickle.dumps(objective)
-        except Exception as error:
-            raise SearchError(f"the objective cannot be sent to other processes: {error}") from error
-        self._folder = (folder or Path(tempfile.gettempdir())) / "workers" if folder else None
+        self._objective = packed(objective)
+        self._folder = folder and folder / "workers"
 
     def submit(self, job: Job) -> None:
         place = next(i for i in range(self.workers) if i not in self._workers or self._workers[i].job is None)
+        if place in self._workers and self._workers[place].process.poll() is not None:
+            # It died between two trials.
+            self._workers.pop(place).end()
         if place not in self._workers:
             self._workers[place] = _Worker(
                 self._objective, self.threads, self._folder and self._folder / f"{place}.log"
@@ -58,21 +68,26 @@ class Processes(Executor):
         self._workers[place].send(job)
 
     def wait(self, emit: Callable[[Event], None], seconds: float) -> None:
-        busy = {worker.connection: place for place, worker in self._workers.items() if worker.job}
-        for connection in wait(list(busy), seconds):
-            place = busy[connection]  # type: ignore[index]
-            worker = self._workers[place]
-            assert worker.job is not None
-            number = worker.job.number
+        wait([worker.connection for worker in self._workers.values() if worker.job], seconds)
+        for place, worker in list(self._workers.items()):
+            if worker.job is None:
+                continue
+            # A child of a dead worker's may still hold the other end of the line. In this order, for it may have
+            # sent its last just before.
+            dead = worker.process.poll() is not None
             try:
+                if not worker.connection.poll():
+                    if not dead:
+                        continue
+                    raise EOFError
                 event = worker.connection.recv()
             except (EOFError, OSError):
                 del self._workers[place]
-                emit(Died(number, worker.end()))
+                emit(Died(worker.job.number, worker.end()))
                 continue
             if isinstance(event, BaseException):
                 raise event
-            if not hasattr(event, "step"):
+            if isinstance(event, Finished):
                 worker.job = None
             emit(event)
 
@@ -81,11 +96,7 @@ class Processes(Executor):
         for worker in self._workers.values():
             worker.process.send_signal(signal.SIGTERM if worker.job else signal.SIGKILL)
         for worker in self._workers.values():
-            try:
-                worker.process.wait(max(0.0, deadline - time.monotonic()))
-            except subprocess.TimeoutExpired:
-                worker.process.kill()
-            worker.end()
+            worker.end(max(0.0, deadline - time.monotonic()))
         self._workers.clear()
 
     def pids(self) -> dict[int, int]:
@@ -129,8 +140,12 @@ class _Worker:
         except OSError:
             pass  # It is dead, which ``wait`` finds out.
 
-    def end(self) -> str:
-        """How it ended."""
+    def end(self, grace: float = 5.0) -> str:
+        """Ends it and all that it started, after ``grace`` seconds if it has not ended by itself; says how it did."""
+        with suppress(subprocess.TimeoutExpired):
+            self.process.wait(grace)
+        with suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
         self.connection.close()
         code = self.process.returncode

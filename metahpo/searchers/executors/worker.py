@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import threading
 from multiprocessing.connection import Connection
@@ -20,14 +21,13 @@ def main() -> None:
 
     import torch
 
+    from metahpo.errors import MetaHPOError, SearchError
     from metahpo.searchers.executors.base import Finished, Reported, run_job
 
     torch.set_num_threads(int(os.environ["METAHPO_THREADS"]))
     try:
         objective = cloudpickle.loads(content)
     except Exception as error:
-        from metahpo.errors import SearchError
-
         connection.send(
             SearchError(f"the objective cannot be read in another process: {type(error).__name__}: {error}")
         )
@@ -38,17 +38,24 @@ def main() -> None:
         def report(step: int, score: float, number: int = job.number) -> None:
             connection.send(Reported(number, step, score))
 
-        connection.send(Finished(job.number, run_job(objective, job, report)))
+        try:
+            connection.send(Finished(job.number, run_job(objective, job, report)))
+        except MetaHPOError as error:
+            # Not the objective's: these are its trial's.
+            connection.send(error)
+        except KeyboardInterrupt:
+            return
 
 
 def _listen(connection: Connection, inbox: SimpleQueue[Any]) -> None:
-    """Ends the process as soon as the study's is gone, whatever the objective is doing."""
+    """Ends the process and all that it started as soon as the study's is gone, whatever the objective is doing."""
     try:
         inbox.put(connection.recv_bytes())
         while True:
             inbox.put(connection.recv())
     finally:
-        os._exit(1)
+        # It has a group of its own.
+        os.killpg(os.getpid(), signal.SIGKILL)
 
 
 if __name__ == "__main__":
