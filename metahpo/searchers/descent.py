@@ -20,7 +20,7 @@ class Descent:
     point, loss, slope: where it begins: coordinates [D] in 0..1, the loss there and its gradient [D]. radius: the
     longest step in any coordinate at first; shortest: below it the descent is over. grain: [D], the least step that
     makes a difference in a coordinate, 0 for a continuous one. tolerance: the descent is over when no more than this
-    share of what it has gained is to be expected of a step.
+    share of the loss, or of what it has gained, is to be expected of a step.
 
     ``see`` takes the next trial's result, ``next`` says where to look. The start of the curvature is unknown, so the
     first step goes straight down the slope.
@@ -84,7 +84,7 @@ class Descent:
                 method="L-BFGS-B",
             )
             step = np.clip(found.x, low, high)
-        if self._expected(step) <= self._tolerance * (self._start - self.loss):
+        if self._expected(step) <= self._tolerance * min(self._start - self.loss, abs(self.loss)):
             return None
         return self.point + step
 

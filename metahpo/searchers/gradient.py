@@ -30,8 +30,8 @@ class Gradient(Searcher):
 
     A chain moves its numbers with a gradient in the unit cube of the space, log ranges in the logarithm, by a trust
     region with the curvature learnt on the way (``Descent``), at first by ``radius`` of each range. It ends when its
-    steps are shorter than ``shortest``, when no more than ``tolerance`` of its gain so far can be expected of a step,
-    or when it is worse than another one after ``patience`` trials; then the next best start is gone on from, or there
+    steps are shorter than ``shortest``, when no more than ``tolerance`` of the loss, or of its gain so far, can be
+    expected of a step, or when it is worse than another one after ``patience`` trials; then the next best start is gone on from, or there
     is a new one. With several workers as many chains go on at once. Of several objectives it descends the first.
     """
 

@@ -80,7 +80,7 @@ class HypergradientObjective:
 
     def outcome(self, settings: Mapping[str, float]) -> Outcome:
         """What a trial with these settings gives."""
-        if self.gradients:
+        if self.gradients and settings:
             return self._differentiated(settings)
         with torch.no_grad():
             return Outcome(float(self.loss(self.fitted(settings)(self.val.x), self.val.y)))
@@ -137,35 +137,38 @@ class HypergradientObjective:
     def _given(self, settings: Mapping[str, float]) -> tuple[UpdateRule, Params, Sources]:
         """The rule, the hyperparameters as a strategy takes them, and what those of the rule come from."""
         own = dict(self.rule.named_parameters())
-        like = next(iter(self.weights.values()))
-        values = {
-            name: torch.as_tensor(value, dtype=like.dtype, device=like.device) for name, value in settings.items()
-        }
         heads = {name: name.partition(".")[0] for name in settings}
-        for name, head in heads.items():
-            if head not in own and self.train_loss is None:
-                found = f"{type(self.rule).__name__} has no hyperparameter {head!r}"
-                raise SearchError(f"setting {name!r}: {found}, {did_you_mean(head, own)}")
-        hparams = {name: values[name] for name in settings if heads[name] not in own}
+        values = {name: self._value(name, value, heads[name], own) for name, value in settings.items()}
+        hparams = {name: value for name, value in values.items() if heads[name] not in own}
         rule: UpdateRule = copy.deepcopy(self.rule)
-        sources: dict[str, list[str | None]] = {}
-        parts = any(name != head for name, head in heads.items() if head in own)
-        if parts:
+        by_layer = any(name not in own and name not in hparams for name in settings)
+        if by_layer:
             rule = ByLayer(self.rule, self.weights, learnable=False)
         prefix = RULE
         if self.schedule is not None:
-            rule = Scheduled(rule, self.schedule, -(-self.steps // len(self.schedule)), learnable=False).to(like)
-            prefix += "rule."
+            every = -(-self.steps // len(self.schedule))
+            rule, prefix = Scheduled(rule, self.schedule, every, learnable=False), prefix + RULE
+        rule.to(self.val.x.device, next(iter(self.weights.values())).dtype)
+        sources: dict[str, list[str | None]] = {}
         for head in dict.fromkeys(head for head in heads.values() if head in own):
             names = [name for name in settings if heads[name] == head]
-            key = f"{prefix}{head}"
-            if not parts:
-                sources[key.removeprefix(RULE)], hparams[key] = names, values[head]
-                continue
-            from_ = [_source(head, tensor, names) for tensor in self.weights]
-            hparams[key] = torch.stack([own[head] if name is None else values[name] for name in from_])[:, None]
-            sources[key.removeprefix(RULE)] = from_
+            from_ = [_source(head, tensor, names) for tensor in self.weights] if by_layer else [*names]
+            rows = [own[head] if name is None else values[name] for name in from_]
+            hparams[prefix + head] = torch.stack(rows)[:, None] if by_layer else rows[0]
+            sources[(prefix + head).removeprefix(RULE)] = from_
         return rule, hparams, sources
+
+    def _value(self, name: str, value: Any, head: str, own: Params) -> Tensor:
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise SearchError(f"setting {name!r}: found {value!r}, expected a number")
+        if head not in own and self.train_loss is None:
+            found = f"{type(self.rule).__name__} has no hyperparameter {head!r}"
+            raise SearchError(f"setting {name!r}: {found}; {did_you_mean(head, own)}")
+        if head in own and name != head and not any(_source(head, tensor, [name]) for tensor in self.weights):
+            part = name.partition(".")[2]
+            found = f"no tensor of {type(self.module.net).__name__} is in {part!r}"
+            raise SearchError(f"setting {name!r}: {found}; {did_you_mean(part, self.weights)}")
+        return next(iter(self.weights.values())).new_tensor(value)
 
 
 def _source(head: str, tensor: str, names: Sequence[str]) -> str | None:
