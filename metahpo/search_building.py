@@ -16,6 +16,7 @@ from metahpo.search_space import check_keys, check_run
 from metahpo.searchers.base import Searcher
 from metahpo.searchers.executors import Executor, Processes, Ray
 from metahpo.searchers.executors.serial import Serial
+from metahpo.searchers.gradient import Gradient
 from metahpo.searchers.grid import Grid
 from metahpo.searchers.registry import SEARCHERS
 from metahpo.searchers.rungs import MultiFidelity
@@ -76,7 +77,7 @@ def build_search(config: SearchConfig, where: str) -> Search:
         searcher = make_searcher(config.searcher, "searcher", training)
         _check_ends(config.search, searcher)
         if training:
-            _check_budgets(space, searcher, training)
+            _check_fit(space, searcher, training)
         _check(searcher, space)
         directions = _directions(config, training)
     except (ConfigError, SearchError) as error:
@@ -117,8 +118,10 @@ def _check_ends(search: SearchSettings, searcher: Searcher) -> None:
         raise ConfigError("search.trials: this search has no end of its own; give it search.trials or search.budget")
 
 
-def _check_budgets(space: Space, searcher: Searcher, training: TrainingObjective) -> None:
-    """A searcher with rungs, and it alone, says how far trials are trained."""
+def _check_fit(space: Space, searcher: Searcher, training: TrainingObjective) -> None:
+    """A searcher with rungs, and it alone, says how far trials are trained; one by gradient needs some."""
+    if isinstance(searcher, Gradient) and not training.gradients:
+        raise ConfigError("objective.gradients: should be true for the searcher gradient (and objectives [loss])")
     if not isinstance(searcher, MultiFidelity):
         return
     full = training.full_budget

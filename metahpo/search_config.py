@@ -28,6 +28,9 @@ class TrainingObjectiveSettings(Settings):
     folds: int | None = Field(
         default=None, ge=2, description="k-fold cross-validation over the classes of train and val, in place of seeds"
     )
+    gradients: bool = Field(
+        default=False, description="of the loss by learner.inner_lr; objectives should begin with loss"
+    )
 
 
 class CustomObjective(Settings):

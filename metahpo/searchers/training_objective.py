@@ -17,6 +17,7 @@ from metahpo.config import CustomTasks, RunConfig, SinusoidSettings
 from metahpo.config_file import load_config, validate
 from metahpo.errors import SearchError, did_you_mean
 from metahpo.searchers.outcome import Outcome
+from metahpo.searchers.rate_gradient import rate_gradient
 from metahpo.searchers.run_settings import run_tree, trial_config
 from metahpo.searchers.trial import Trial
 from metahpo.searchers.trial_run import TrialRun
@@ -26,6 +27,8 @@ from metahpo.training.metrics import Row, score
 Fidelity = Literal["epochs", "iterations", "tasks", "data"]
 # What a trial can be judged by, and which way is better.
 OBJECTIVES = {"accuracy": "maximize", "loss": "minimize", "seconds": "minimize", "parameters": "minimize"}
+# What a gradient can be had of.
+RATE = "learner.inner_lr"
 
 
 class TrainingObjective:
@@ -43,7 +46,9 @@ class TrainingObjective:
     those of the full training whatever the budget. A trial with a parent goes on from that one's newest checkpoint.
     objectives: "accuracy", "loss", "seconds" (of training, kept across resuming) and "parameters" (that the outer loop
     learns); the first is what searchers with one go by. seeds: so many trainings, with training.seed and those after
-    it, or folds: k-fold cross-validation over the classes of train and val; the scores are their means.
+    it, or folds: k-fold cross-validation over the classes of train and val; the scores are their means. gradients: give
+    the loss's gradient with respect to the setting ``learner.inner_lr`` too, for the searchers that use it
+    (``rate_gradient``: at the learner that the score is of); the first objective should be the loss.
 
     Raises SearchError.
     """
@@ -56,10 +61,11 @@ class TrainingObjective:
         objectives: Sequence[str] = ("accuracy",),
         seeds: int = 1,
         folds: int | None = None,
+        gradients: bool = False,
     ):
         self.tree, self.fidelity = run_tree(config), fidelity
         self.objectives: tuple[str, ...] = (objectives,) if isinstance(objectives, str) else tuple(objectives)
-        self.seeds, self.folds = seeds, folds
+        self.seeds, self.folds, self.gradients = seeds, folds, gradients
         if fidelity not in get_args(Fidelity):
             raise SearchError(f"fidelity: {did_you_mean(str(fidelity), get_args(Fidelity))} found {fidelity!r}")
         for name in self.objectives:
@@ -71,6 +77,8 @@ class TrainingObjective:
             raise SearchError(f"seeds should be at least 1 and folds at least 2, found {seeds} and {folds}")
         if seeds > 1 and folds is not None:
             raise SearchError("seeds and folds: one of them should be left out")
+        if gradients and self.objectives[0] != "loss":
+            raise SearchError(f"gradients: are of the loss; the first of objectives is {self.objectives[0]}")
 
     @property
     def directions(self) -> list[str]:
@@ -112,7 +120,7 @@ class TrainingObjective:
         config = self.config(trial.settings)
         parts = self._parts(config)
         curves: list[dict[int, float]] = []
-        scores, notes = [], []
+        scores, notes, slopes = [], [], []
         for name, own in parts.items():
             run = TrialRun(
                 trial.folder / name,
@@ -125,9 +133,12 @@ class TrainingObjective:
             best = run.best()
             scores.append(self._scores(run, best))
             notes.append(_notes(run, best))
+            if self.gradients and RATE in trial.settings:
+                slopes.append(rate_gradient(run.as_of(best)))
         means = tuple(mean(values) for values in zip(*scores))
         more = {"each": dict(zip(parts, map(list, scores)))} if len(parts) > 1 else {}
-        return Outcome(means if len(means) > 1 else means[0], notes={**notes[0], **more})
+        gradients = {RATE: mean(slopes)} if slopes else {}
+        return Outcome(means if len(means) > 1 else means[0], gradients, {**notes[0], **more})
 
     def _train(self, run: TrialRun, trial: Trial, curves: list[dict[int, float]], report: bool) -> None:
         """Trains to the trial's budget. The last of several trainings reports the means of all."""

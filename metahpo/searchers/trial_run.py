@@ -17,7 +17,7 @@ from metahpo.config import RunConfig
 from metahpo.config_file import dump_config, load_config
 from metahpo.errors import CheckpointError, SearchError
 from metahpo.tasks import LabelledImages
-from metahpo.training.checkpoint import CheckpointStore, position, write_atomically
+from metahpo.training.checkpoint import CheckpointStore, load_checkpoint, load_learner, position, write_atomically
 from metahpo.training.metrics import Row, best_epochs
 from metahpo.training.trainer import Trainer
 
@@ -87,6 +87,17 @@ class TrialRun:
             rows.append({"epoch": self.trainer.epoch + 1, **{f"val_{name}": value for name, value in found.items()}})
         best = best_epochs(rows, 1)[0]
         return next(row for row in rows if row["epoch"] == best)
+
+    def as_of(self, row: Row) -> Trainer:
+        """The trainer with the learner that ``best`` gave the row of. Training does not go on from it."""
+        if row["epoch"] <= len(self.trainer.history) and row is not self._last():
+            path = CheckpointStore(self.run_dir / "checkpoints").of_epoch(int(row["epoch"]))
+            load_learner(self.trainer.learner, load_checkpoint(path)["learner"], path)
+        return self.trainer
+
+    def _last(self) -> Row | None:
+        """The row of the learner as it is."""
+        return self.trainer.history[-1] if self.trainer.history and not self.trainer.iteration else None
 
     @property
     def seconds(self) -> float:
