@@ -51,7 +51,7 @@ ABOUT = {
         "interactions; trials are drawn again and again with replacement. The fewer there are, and the less a searcher "
         "strays from the best, the less the shares can be trusted."
     ),
-    "rungs": "Each line is a trial with those it went on from.",
+    "rungs": "Each line is a trial with those it went on from: what they reported or, without reports, their scores.",
     "front": "",
 }
 TITLES = {

@@ -74,7 +74,7 @@ def rungs(study: Study) -> Rungs:
             continue
         points: dict[float, float] = {}
         for each in _line(record, records):
-            points.update(each.reports if by_report else _end(each))
+            points |= {**each.reports} if by_report else _end(each)
         kept = {step: score for step, score in sorted(points.items()) if math.isfinite(score) and math.isfinite(step)}
         curve = Curve(
             record.number, budgets.index(budget_of(record)), np.array(list(kept)), np.array(list(kept.values()))

@@ -46,7 +46,7 @@ def _numbers(setting: Any, most: int) -> list[Any]:
         found = _logarithmic(setting.low, setting.high, most)
     else:
         whole = isinstance(setting.low, int)
-        found = MaxNLocator(most, integer=whole).tick_values(setting.low, setting.high).tolist()
+        found = [float(v) for v in MaxNLocator(most, integer=whole).tick_values(setting.low, setting.high)]
     inside = [value for value in found if setting.low <= value <= setting.high]
     return [round(value) for value in inside] if isinstance(setting.low, int) else inside
 
