@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import islice
 from typing import ClassVar
 
 import numpy as np
@@ -22,4 +21,4 @@ class Grid(Searcher):
         next(space.grid())
 
     def suggest(self, history: History, space: Space, rng: np.random.Generator) -> Settings | None:
-        return next(islice(space.grid(), len(history), None), None)
+        return next(space.grid(len(history)), None)

@@ -117,26 +117,52 @@ class Space:
         """Settings at random, each from its own distribution."""
         return self.decode(rng.random(len(self)))
 
-    def grid(self) -> Iterator[Settings]:
-        """All settings there are, the last one's values changing fastest.
+    def grid(self, start: int = 0) -> Iterator[Settings]:
+        """All settings there are from the start-th on, the last one's values changing fastest.
 
         Raises SearchError, which names it, for a continuous range without a step.
         """
         for name, setting in self.settings.items():
             if math.isinf(setting.count):
                 raise SearchError(f"space.{name}: {setting.label} is a continuous range; a grid needs its step")
-        return self._grid({}, self._order)
+        return self._grid({}, 0, start)
 
-    def _grid(self, chosen: Settings, names: list[str]) -> Iterator[Settings]:
-        if not names:
+    def _grid(self, chosen: Settings, place: int, skip: int) -> Iterator[Settings]:
+        if place == len(self._order):
             yield {name: chosen[name] for name in self.settings if name in chosen}
             return
-        exists = all(
+        for further in self._choices(chosen, place):
+            if skip and (size := self._size(further, place + 1)) <= skip:
+                skip -= size
+                continue
+            yield from self._grid(further, place + 1, skip)
+            skip = 0
+
+    def _choices(self, chosen: Settings, place: int) -> Iterator[Settings]:
+        """``chosen`` with each value of the setting at this place of the order; as it is if there is none."""
+        name = self._order[place]
+        if not self._exists(name, chosen):
+            yield chosen
+            return
+        for value in self.settings[name].values():
+            yield {**chosen, name: value}
+
+    def _size(self, chosen: Settings, place: int) -> int:
+        """How many ways there are to go on from ``chosen``."""
+        if place == len(self._order):
+            return 1
+        name = self._order[place]
+        if any(name in setting.when for setting in self.settings.values()):
+            return sum(self._size(further, place + 1) for further in self._choices(chosen, place))
+        count = int(self.settings[name].count) if self._exists(name, chosen) else 1
+        return count * self._size(chosen, place + 1)
+
+    def _exists(self, name: str, chosen: Settings) -> bool:
+        """Whether it does given those that come before it in the order."""
+        return all(
             other in chosen and any(same(chosen[other], v) for v in values)
-            for other, values in self.settings[names[0]].when.items()
+            for other, values in self.settings[name].when.items()
         )
-        for value in self.settings[names[0]].values() if exists else (None,):
-            yield from self._grid({**chosen, names[0]: value} if exists else chosen, names[1:])
 
     # Conditions.
 
@@ -158,7 +184,7 @@ class Space:
             ready = [name for name in left if all(other in self._order for other in self.settings[name].when)]
             if not ready:
                 raise SearchError(f"space.{left[0]}: when goes round in a circle")
-            self._order += ready
+            self._order.append(ready[0])
 
 
 def numeric(setting: Setting) -> bool:
@@ -176,3 +202,8 @@ def one_hot(space: Space, points: np.ndarray) -> np.ndarray:
         else:
             columns.append(column)
     return np.stack(columns, axis=1)
+
+
+def key(settings: Mapping[str, Any]) -> str:
+    """The same text for the same settings, in value and type, whatever their order."""
+    return repr(sorted(settings.items()))
