@@ -31,7 +31,7 @@ FEW = 1000
 
 
 def acquisition(
-    name: str, gp: Model, best: float, beta: float, pending: torch.Tensor | None, seed: int
+    name: str, gp: Model, best: float, beta: float, pending: np.ndarray | None, seed: int
 ) -> AcquisitionFunction:
     """One of ``ACQUISITIONS`` for values that should be large.
 
@@ -47,7 +47,9 @@ def acquisition(
         if name == "ucb":
             return UpperConfidenceBound(gp, beta)
         sampler = SobolQMCNormalSampler(torch.Size([64]), seed=seed)
-        return qLogExpectedImprovement(gp, best, sampler, X_pending=pending)
+        return qLogExpectedImprovement(
+            gp, best, sampler, X_pending=None if pending is None else torch.as_tensor(pending)
+        )
 
 
 class Cube:

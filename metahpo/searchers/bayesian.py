@@ -43,41 +43,37 @@ class Bayesian(Searcher):
             return space.sample(rng)
         cube = Cube(space)
         told = cube.snap(np.array([space.encode(o.settings) for o, _ in history.told]))
-        values = transformed(np.array([loss for _, loss in history.told]))
+        values = transformed(np.array([loss for _, loss in history.told]), self.initial)
         inputs, owners = features(space, told)
         found = fit(inputs, owners, values)
-        gp = GaussianProcess(found, inputs, owners, values)
-        at_work = None
+        gp, at_work = GaussianProcess(found, inputs, owners, values), None
         if history.pending:
             points = cube.snap(np.array([space.encode(o.settings) for o in history.pending]))
-            at_work = torch.as_tensor(features(space, points)[0])
+            at_work = features(space, points)[0]
             if self.acquisition != "batch_ei":
-                expected = gp.posterior(at_work).mean[:, 0].numpy()
-                together = np.concatenate([inputs, at_work.numpy()]), owners, np.concatenate([values, expected])
-                gp = GaussianProcess(found, *together)
-        function = acquisition(self.acquisition, gp, float(values.max()), self.beta, at_work, int(rng.integers(2**31)))
+                inputs, values = np.concatenate([inputs, at_work]), np.concatenate([values, gp.expected(at_work)])
+                # Taken to be exact, lest the next one be beside it.
+                gp = GaussianProcess(found, inputs, owners, values, exact=len(at_work))
+        # The best that is expected where trials were, free of their noise's luck.
+        best = float(gp.expected(inputs).max())
+        function = acquisition(self.acquisition, gp, best, self.beta, at_work, int(rng.integers(2**31)))
 
         def score(points: np.ndarray) -> np.ndarray:
             with torch.no_grad():
                 return function(torch.as_tensor(features(space, points)[0])[:, None]).numpy()
 
         taken = {key(point) for point in cube.snap(np.array([space.encode(o.settings) for o in history]))}
-        best = told[np.argsort(-values)[:5]]
-        point = maximised(cube, score, best, rng, taken)
+        point = maximised(cube, score, told[np.argsort(-values[: len(told)])[:5]], rng, taken)
         return space.sample(rng) if point is None else space.decode(point)
 
 
-def transformed(losses: np.ndarray) -> np.ndarray:
+def transformed(losses: np.ndarray, first: int) -> np.ndarray:
     """Losses [N] as values to maximise, of mean 0 and deviation 1; of bad losses only that they are bad.
 
     Where trainings diverge losses differ by powers of ten, which would hide all differences among the good ones: those
-    beyond twice as far from the median as the best one are taken to be there.
+    too far from the best one are cut off. How far that is follows from the ``first`` ones, which were drawn at random:
+    the later ones crowd where it is good.
     """
-    middle, best = np.median(losses), losses.min()
-    capped = np.minimum(losses, middle + 2 * (middle - best))
-    return -(capped - capped.mean()) / max(capped.std(), 1e-12)
-
-
-def _incumbent(gp: GaussianProcess, inputs: np.ndarray, values: np.ndarray) -> float:
-    """The value to improve on: the best that the process expects where trials were, free of their noise's luck."""
-    return float(gp.posterior(torch.as_tensor(inputs)[:, None]).mean.max())
+    middle, best = np.median(losses[:first]), losses.min()
+    cut = np.minimum(losses, middle + 2 * (middle - best))
+    return -(cut - cut.mean()) / max(cut.std(), 1e-12)

@@ -24,9 +24,9 @@ from metahpo.searchers.space import Space
 
 # Mean and deviation of the normal priors of the logarithms of lengthscales (in the unit cube), of the function's
 # standard deviation and of the noise's (values have deviation 1), and what they are bounded by.
-LENGTHSCALE, SIGNAL, NOISE = (-0.3, 0.8), (0.0, 0.7), (-2.5, 1.0)
-BOUNDS = ((-4.0, 4.0), (-3.0, 3.0), (-6.0, 1.0))
-JITTER = 1e-8
+LENGTHSCALE, SIGNAL, NOISE = (-0.3, 0.8), (0.0, 0.7), (-3.0, 1.5)
+BOUNDS = ((-4.0, 4.0), (-3.0, 3.0), (-10.0, 1.0))
+JITTER = 1e-9
 
 
 def features(space: Space, points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -123,17 +123,21 @@ def _squared_distances(inputs: np.ndarray) -> np.ndarray:
 class GaussianProcess(Model):
     """The process with given hyperparameters and observations, as a model that BoTorch's acquisition functions take.
 
-    inputs [N, F] and values [N] in float64; ``posterior`` of points [..., q, F] is that of the function without noise.
+    inputs [N, F] and values [N] in float64, the last ``exact`` of them without noise; ``posterior`` of points
+    [..., q, F] is that of the function without noise.
     """
 
     num_outputs = 1
 
-    def __init__(self, found: Hyperparameters, inputs: np.ndarray, owners: np.ndarray, values: np.ndarray):
+    def __init__(
+        self, found: Hyperparameters, inputs: np.ndarray, owners: np.ndarray, values: np.ndarray, exact: int = 0
+    ):
         super().__init__()
         self._scale, self._signal = torch.as_tensor(found.lengthscales[owners]), found.signal**2
         self._inputs = torch.as_tensor(inputs) / self._scale
         covariance = self._kernel(self._inputs, self._inputs)
-        covariance.diagonal().add_(found.noise**2 + JITTER)
+        covariance.diagonal()[: len(inputs) - exact].add_(found.noise**2)
+        covariance.diagonal().add_(JITTER)
         self._lower = torch.linalg.cholesky(covariance)
         # Products with it are many times quicker than solving for a few points at a time.
         self._half = torch.linalg.solve_triangular(
@@ -160,3 +164,7 @@ class GaussianProcess(Model):
             covariance = self._kernel(points, points) - half @ half.mT
             covariance = covariance + JITTER * torch.eye(X.shape[-2], dtype=X.dtype)
         return GPyTorchPosterior(MultivariateNormal(cross @ self._weights, covariance))
+
+    def expected(self, inputs: np.ndarray) -> np.ndarray:
+        """The posterior mean [N] at inputs [N, F]."""
+        return self.posterior(torch.as_tensor(inputs)[:, None]).mean[:, 0, 0].numpy()

@@ -20,7 +20,7 @@ from searchers.tables import Table, load
 INITIAL = 10
 # They need more than a table of full trainings (budgets, gradients), or try all settings in turn.
 UNFIT = ("grid", "gradient", "successive_halving", "hyperband", "asha", "bohb")
-PEERS = ("optuna TPE", "optuna TPE multivariate", "optuna GP")
+PEERS = ("optuna TPE", "optuna GP")
 # Random search that sees each setting's mean over the seeds: its regret is known exactly.
 CONTROL = "random, means seen"
 
@@ -91,7 +91,6 @@ def peer(name: str, table: Table, first: list[Settings], seed: int) -> Callable[
     samplers = optuna.samplers
     kinds = {
         "optuna TPE": lambda: samplers.TPESampler(seed=seed, n_startup_trials=INITIAL),
-        "optuna TPE multivariate": lambda: samplers.TPESampler(seed=seed, n_startup_trials=INITIAL, multivariate=True),
         "optuna GP": lambda: samplers.GPSampler(seed=seed, n_startup_trials=INITIAL),
     }
     study, asked = optuna.create_study(sampler=kinds[name]()), []
