@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal, overload
 
 import numpy as np
 
-from metahpo.searchers.space import Settings, Space
+from metahpo.searchers.space import Settings, Space, key
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,11 @@ class Observation:
     def __post_init__(self) -> None:
         if self.loss is None and self.losses:
             object.__setattr__(self, "loss", self.losses[0])
+
+    @cached_property
+    def key(self) -> str:
+        """Of its settings, by which those of two trials are told apart quickly."""
+        return key(self.settings)
 
 
 class History(Sequence[Observation]):

@@ -22,6 +22,14 @@ def above(searcher: Searcher, **ranges: tuple[float, float]) -> None:
             raise SearchError(_told(searcher, name, f"a number above {low} and at most {high}"))
 
 
+def fraction(searcher: Searcher, *names: str) -> None:
+    """Raises SearchError unless each of these options is a number from 0 to 1."""
+    for name in names:
+        found = getattr(searcher, name)
+        if isinstance(found, bool) or not isinstance(found, (int, float)) or not 0 <= found <= 1:
+            raise SearchError(_told(searcher, name, "a number from 0 to 1"))
+
+
 def one_of(searcher: Searcher, **known: tuple[str, ...]) -> None:
     """Raises SearchError unless each of these options is one of those."""
     for name, options in known.items():

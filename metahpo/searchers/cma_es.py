@@ -13,9 +13,9 @@ from cmaes import CMA, CatCMAwM
 
 from metahpo.searchers.base import History, Proposal, Searcher, initial
 from metahpo.searchers.checks import above, at_least
-from metahpo.searchers.moves import DRAWS, key
+from metahpo.searchers.moves import DRAWS
 from metahpo.searchers.settings import Choice
-from metahpo.searchers.space import Settings, Space
+from metahpo.searchers.space import Settings, Space, key
 
 NOTE = "cma_es"
 # A stepped range of more values than this is as good as continuous.
@@ -31,10 +31,10 @@ class CMAES(Searcher):
     setting that does not exist in a trial keeps its coordinate, which then has no effect.
 
     The first ``initial`` trials are random; the search begins at the best of them (0: at the centre) with standard
-    deviation ``sigma``. population: 0 for the package's own, 4 + 3 ln(settings). When it has converged it begins anew
-    at a random point with twice the population (IPOP: Auger and Hansen 2005). A generation is the next ``population``
-    of its trials that have ended, by number, so no worker waits: a few may be of the distribution before. Settings that
-    were tried already are drawn again a few times.
+    deviation ``sigma``. population: at least 4, or 0 for the package's own, 4 + 3 ln(settings). When it has converged
+    it begins anew at a random point with twice the population (IPOP: Auger and Hansen 2005). A generation is the next
+    ``population`` trials that have ended, by number, so no worker waits: a few may be of the distribution before.
+    Settings that were tried already are drawn again a few times.
     """
 
     sigma: float = 0.2
@@ -42,10 +42,9 @@ class CMAES(Searcher):
     initial: int = 10
 
     def __post_init__(self) -> None:
-        at_least(self, population=0, initial=0)
+        # Fewer have but one parent, and nothing to adapt the covariance to.
+        at_least(self, initial=0, population=0 if self.population == 0 else 4)
         above(self, sigma=(0, 10))
-        if self.population == 1:
-            at_least(self, population=2)
 
     def suggest(self, history: History, space: Space, rng: np.random.Generator) -> Settings | Proposal:
         runs = [o.notes[NOTE] for o in history if NOTE in o.notes]
@@ -62,7 +61,7 @@ class CMAES(Searcher):
             run, mean = run + 1, list(rng.random(len(space)))
             strategy = self._strategy(space, run, mean)
         strategy.seed(int(rng.integers(2**32)))
-        tried = {key(o.settings) for o in history}
+        tried = {o.key for o in history}
         for _ in range(DRAWS):
             settings, point = strategy.ask()
             if key(settings) not in tried:

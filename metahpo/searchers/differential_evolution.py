@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from metahpo.searchers.base import History, Proposal, Searcher
-from metahpo.searchers.checks import above, at_least, one_of
+from metahpo.searchers.checks import above, at_least, fraction, one_of
 from metahpo.searchers.moves import completed, reflected, untried
 from metahpo.searchers.settings import Choice, Setting
 from metahpo.searchers.space import Settings, Space
@@ -36,7 +36,8 @@ class DifferentialEvolution(Searcher):
 
     def __post_init__(self) -> None:
         at_least(self, population=4)
-        above(self, weight=(0, 2), crossover=(0, 1))
+        above(self, weight=(0, 2))
+        fraction(self, "crossover")
         one_of(self, strategy=STRATEGIES)
 
     def suggest(self, history: History, space: Space, rng: np.random.Generator) -> Proposal | None:
@@ -48,9 +49,9 @@ class DifferentialEvolution(Searcher):
                 members[places[observation.number]] = loss, observation.settings
         place = len(history) % self.population
         if len(history) < self.population or place not in members or len(members) < 4:
-            settings = untried(lambda: space.sample(rng), history, space, rng)
+            settings = untried(history, space, rng)
         else:
-            settings = untried(lambda: self._trial(place, members, space, rng), history, space, rng)
+            settings = untried(history, space, rng, lambda: self._trial(place, members, space, rng))
         return None if settings is None else Proposal(settings, notes={NOTE: place})
 
     def _trial(

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from metahpo.searchers.base import History, Searcher, initial
-from metahpo.searchers.checks import above, at_least
+from metahpo.searchers.base import History, Searcher
+from metahpo.searchers.checks import above, at_least, fraction
 from metahpo.searchers.moves import changeable, changed, completed, untried
 from metahpo.searchers.space import Settings, Space
 
@@ -31,15 +31,15 @@ class Genetic(Searcher):
 
     def __post_init__(self) -> None:
         at_least(self, population=2, tournament=1, initial=1)
-        above(self, crossover=(-1e-12, 1), width=(0, 1))
+        above(self, width=(0, 1))
+        fraction(self, "crossover")
 
     def suggest(self, history: History, space: Space, rng: np.random.Generator) -> Settings | None:
         ranked = sorted(history.told, key=lambda pair: (pair[1], pair[0].number))
         members = [o.settings for o, _ in ranked[: self.population]]
-        first = initial(history, space, rng, self.initial)
-        if first is not None or not members:
-            return untried(lambda: first or space.sample(rng), history, space, rng)
-        return untried(lambda: self._child(members, space, rng), history, space, rng)
+        if len(history) < self.initial or not members:
+            return untried(history, space, rng)
+        return untried(history, space, rng, lambda: self._child(members, space, rng))
 
     def _child(self, members: list[Settings], space: Space, rng: np.random.Generator) -> Settings:
         # They are in order, best first: the winner is the first of those drawn.

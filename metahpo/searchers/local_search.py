@@ -9,8 +9,8 @@ import numpy as np
 
 from metahpo.searchers.base import History, Observation, Proposal, Searcher
 from metahpo.searchers.checks import above, at_least
-from metahpo.searchers.moves import DRAWS, beside, changeable, changed, completed, key, untried
-from metahpo.searchers.space import Settings, Space
+from metahpo.searchers.moves import DRAWS, beside, changeable, changed, completed, untried
+from metahpo.searchers.space import Settings, Space, key
 
 NOTE = "climb"
 # After a better trial and after a worse one; about one better in five keeps the step.
@@ -71,7 +71,7 @@ def _last_climb(history: History) -> tuple[int, set[int]]:
 
 
 def _start(climb: int, history: History, space: Space, rng: np.random.Generator) -> Proposal | None:
-    settings = untried(lambda: space.sample(rng), history, space, rng)
+    settings = untried(history, space, rng)
     return None if settings is None else Proposal(settings, notes={NOTE: climb})
 
 
@@ -79,7 +79,7 @@ def _neighbour(
     best: Settings, width: float, history: History, space: Space, rng: np.random.Generator
 ) -> Settings | None:
     """One that was not tried; None if all were."""
-    tried, names = {key(o.settings) for o in history}, changeable(space, best)
+    tried, names = {o.key for o in history}, changeable(space, best)
     if not names:
         return None
     for _ in range(DRAWS):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Mapping
 from itertools import islice
@@ -12,7 +11,7 @@ import numpy as np
 
 from metahpo.searchers.base import History
 from metahpo.searchers.settings import Choice, Int
-from metahpo.searchers.space import Settings, Space
+from metahpo.searchers.space import Settings, Space, key
 
 # Draws before a searcher takes it that nothing new is left where it looks.
 DRAWS = 30
@@ -67,15 +66,14 @@ def reflected(unit: float) -> float:
     return 2 - folded if folded > 1 else folded
 
 
-def key(settings: Mapping[str, Any]) -> str:
-    """The same text for the same settings."""
-    return json.dumps(settings, sort_keys=True)
-
-
-def untried(draw: Callable[[], Settings], history: History, space: Space, rng: np.random.Generator) -> Settings | None:
-    """The first of a few draws that no trial had; else any settings that none had; None: all there are were tried."""
-    tried = {key(o.settings) for o in history}
-    for source in (draw, lambda: space.sample(rng)):
+def untried(
+    history: History, space: Space, rng: np.random.Generator, draw: Callable[[], Settings] | None = None
+) -> Settings | None:
+    """The first of a few draws (default: at random) that no trial had; else any settings that none had, or None if all
+    that there are were tried."""
+    tried = {o.key for o in history}
+    sources = (draw, lambda: space.sample(rng)) if draw else (lambda: space.sample(rng),)
+    for source in sources:
         for _ in range(DRAWS):
             settings = source()
             if key(settings) not in tried:

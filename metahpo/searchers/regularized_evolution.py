@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from metahpo.searchers.base import History, Searcher, initial
+from metahpo.searchers.base import History, Searcher
 from metahpo.searchers.checks import above, at_least
 from metahpo.searchers.moves import changeable, changed, untried
 from metahpo.searchers.space import Settings, Space
@@ -32,9 +32,8 @@ class RegularizedEvolution(Searcher):
 
     def suggest(self, history: History, space: Space, rng: np.random.Generator) -> Settings | None:
         members = history.told[-self.population :]
-        first = initial(history, space, rng, self.population)
-        if first is not None or not members:
-            return untried(lambda: first or space.sample(rng), history, space, rng)
+        if len(history) < self.population or not members:
+            return untried(history, space, rng)
 
         def child() -> Settings:
             drawn = [members[i] for i in rng.integers(len(members), size=self.sample)]
@@ -42,4 +41,4 @@ class RegularizedEvolution(Searcher):
             names = changeable(space, parent)
             return changed(space, parent, names[rng.integers(len(names))], rng, self.width) if names else parent
 
-        return untried(child, history, space, rng)
+        return untried(history, space, rng, child)

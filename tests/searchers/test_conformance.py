@@ -14,7 +14,7 @@ QUICK = {
     "genetic": {"initial": 3, "population": 4},
     "regularized_evolution": {"population": 4, "sample": 2},
     "differential_evolution": {"population": 4},
-    "cma_es": {"initial": 2, "population": 3},
+    "cma_es": {"initial": 2, "population": 4},
     "tpe": {"initial": 3},
     "bayesian": {"initial": 3},
     "successive_halving": {"max_budget": 9},
