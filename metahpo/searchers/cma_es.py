@@ -62,10 +62,11 @@ class CMAES(Searcher):
             strategy = self._strategy(space, run, mean)
         strategy.seed(int(rng.integers(2**32)))
         tried = {o.key for o in history}
+        settings, point = strategy.ask()
         for _ in range(DRAWS):
-            settings, point = strategy.ask()
             if key(settings) not in tried:
                 break
+            settings, point = strategy.ask()
         return Proposal(settings, notes={NOTE: {"run": run, "mean": mean, **point}})
 
     def _strategy(self, space: Space, run: int, mean: list[float]) -> _Strategy:

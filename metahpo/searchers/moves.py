@@ -79,7 +79,7 @@ def untried(
             if key(settings) not in tried:
                 return settings
     if any(math.isinf(setting.count) for setting in space.settings.values()):
-        return settings
+        return space.sample(rng)
     # Among one more than were tried there is a new one, if there is any.
     left = [settings for settings in islice(space.grid(), len(tried) + 1) if key(settings) not in tried]
     return left[rng.integers(len(left))] if left else None

@@ -14,7 +14,7 @@ from typing_extensions import Self
 from metahpo.errors import SearchError
 
 # The setting exists only while each of these others has one of these values.
-Condition = Mapping[str, tuple[Any, ...]]
+Condition = Mapping[str, Any]
 
 
 @dataclass(frozen=True)

@@ -62,7 +62,7 @@ class Subject:
     """A searcher, and what it is to be held to: see ``check_searcher``."""
 
     searcher: Searcher
-    trials: int = 16
+    trials: int = 24
     deterministic: bool = False
     max_budget: float | None = None
 
@@ -104,7 +104,7 @@ class Subject:
 def check_searcher(
     searcher: Searcher,
     *,
-    trials: int = 16,
+    trials: int = 24,
     deterministic: bool = False,
     max_budget: float | None = None,
     checks: Sequence[Callable[[Subject], None]] | None = None,
