@@ -16,7 +16,8 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 
 # Importing them takes a process seconds; the copies of one that has done it start at once.
-LOADED = ["pytest", "torch._dynamo", "matplotlib.pyplot", "metahpo.cli", "metahpo.building", "metahpo.report"]
+LOADED = ["pytest", "torch._dynamo", "matplotlib.pyplot"]
+LOADED += ["metahpo.cli", "metahpo.building", "metahpo.report", "metahpo.searchers"]
 
 CHILD = """
 import os, sys

@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from metahpo.errors import SearchError
+from metahpo.errors import SearchError, one_line
 from metahpo.searchers.clock import VirtualClock
 from metahpo.searchers.executors.base import Died, Event, Executor, Finished, Objective, Reported, Result, read_result
 from metahpo.searchers.records import TrialRecord
@@ -129,9 +129,12 @@ class Coordinator:
             self.on_trial(record)
 
     def _refuse(self) -> None:
-        last = (self._last.error or "").strip().splitlines()[-1]
+        # Of a traceback what comes after the last line of code.
+        lines = (self._last.error or "").splitlines()
+        code = max((i for i, line in enumerate(lines) if line.startswith(" ")), default=-1)
+        last = one_line(" ".join(lines[code + 1 :] or lines[-1:]))
         raise SearchError(
-            f"stopped after {self._failures} failures in a row; the last, trial {self._last.number}: {last:.300} "
+            f"stopped after {self._failures} failures in a row; the last, trial {self._last.number}: {last} "
             "(the study keeps the tracebacks)"
         )
 

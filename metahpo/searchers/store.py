@@ -7,6 +7,7 @@ import logging
 import sqlite3
 from collections.abc import Callable, Mapping
 from contextlib import closing
+from decimal import Decimal
 from functools import wraps
 from pathlib import Path
 from typing import Any, TypeVar
@@ -156,10 +157,6 @@ class StudyStore:
         state = TrialState.FAIL if result.scores is None else TrialState.COMPLETE
         self._backend.set_trial_state_values(trial, state, result.scores)
 
-    def optuna_study(self) -> optuna.Study:
-        """The study as Optuna's own, for its pictures and measures of importance."""
-        return optuna.Study(self.name, self._backend)
-
     def close(self) -> None:
         if isinstance(self._backend, RDBStorage):
             self._backend.remove_session()
@@ -169,9 +166,12 @@ class StudyStore:
 def distribution(setting: Setting) -> BaseDistribution:
     """Optuna's distribution of a setting's values."""
     if isinstance(setting, Float):
-        # Optuna wants the last step to end the range.
-        high = setting.high if setting.step is None else setting.at(1.0)
-        return FloatDistribution(setting.low, high, log=setting.log, step=setting.step)
+        if setting.step is None:
+            return FloatDistribution(setting.low, setting.high, log=setting.log)
+        # Optuna wants the last step to end the range, and finds steps by division.
+        low, high, step = setting.low, setting.at(1.0), setting.step
+        exact = (Decimal(repr(high)) - Decimal(repr(low))) % Decimal(repr(step)) == 0
+        return FloatDistribution(low, high, step=step if exact and max(abs(low), abs(high)) < 1e7 * step else None)
     if isinstance(setting, Int):
         return IntDistribution(setting.low, setting.at(1.0), log=setting.log, step=setting.step or 1)
     assert isinstance(setting, Choice)

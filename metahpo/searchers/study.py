@@ -219,6 +219,8 @@ class Study:
         Ctrl-C or SIGTERM asks the trainings at work to save themselves and raises ``Interrupted``.
         """
         self._check_open()
+        if not callable(objective):
+            raise SearchError(f"objective: should be a function of a trial, found {objective!r}")
         executor = workers if isinstance(workers, Executor) else Processes(workers) if workers != 1 else Serial()
         if self.parallel is None:
             self.parallel = self._kept["parallel"] = executor.workers
