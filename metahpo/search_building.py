@@ -83,10 +83,14 @@ def build_search(config: SearchConfig, where: str) -> Search:
     except (ConfigError, SearchError) as error:
         raise type(error)("\n".join(f"{where}: {line}" for line in str(error).splitlines())) from error
     if training:
-        # As metahpo train would: what cannot be trained at all is found now.
-        tasks, _ = build(training.config({}))
-        training.check(tasks["val"].task(0))
+        _try(training)
     return Search(config, space, searcher, objective, training, directions)
+
+
+def _try(training: TrainingObjective) -> None:
+    """Builds the run as metahpo train would: what cannot be trained at all is found now."""
+    tasks, _ = build(training.config({}))
+    training.check(tasks["val"].task(0))
 
 
 def _objective(config: SearchConfig) -> tuple[TrainingObjective | None, Callable[..., Any]]:
@@ -162,9 +166,8 @@ def make_searcher(tree: Any, where: str, training: TrainingObjective | None = No
     given = {key: value for key, value in tree.items() if key != "name"}
     for key in given:
         if key not in known:
-            raise ConfigError(
-                f"unknown key '{where}.{key}'; {did_you_mean(str(key), known) if known else 'it has none'}"
-            )
+            hint = did_you_mean(str(key), known) if known else f"{tree['name']} has no options"
+            raise ConfigError(f"unknown key '{where}.{key}'; {hint}")
     for key, value in given.items():
         default = known[key].default
         if isinstance(default, Searcher) or (isinstance(value, Mapping) and "name" in value):

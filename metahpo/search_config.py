@@ -11,6 +11,7 @@ from pydantic import Field, Tag, field_validator
 from metahpo.config import CustomName, Schema, tag
 from metahpo.config_file import apply_override, parse_override, read_tree, validate
 from metahpo.errors import ConfigError
+from metahpo.searchers.run_settings import with_settings
 from metahpo.training.settings import Settings
 
 
@@ -22,7 +23,7 @@ class TrainingObjectiveSettings(Settings):
         default="epochs", description="what a trial's budget counts; data: the fraction of the training classes"
     )
     objectives: tuple[Literal["accuracy", "loss", "seconds", "parameters"], ...] = Field(
-        default=("accuracy",), min_length=1, description="what a trial is judged by; the first decides which is best"
+        default=("accuracy",), description="what a trial is judged by; the first decides which is best"
     )
     seeds: int = Field(default=1, ge=1, description="trainings of each trial, with seeds from training.seed on")
     folds: int | None = Field(
@@ -80,7 +81,8 @@ class SearchConfig(Settings):
     """One search. run: the config of a training, inline or the path of one; searcher: a name, or with its options."""
 
     run: dict[str, Any] | None = Field(
-        default=None, description="a config of metahpo train: its path (from this file or here), or inline"
+        default=None,
+        description="a config of metahpo train: its path, {config: PATH, KEY.SUB: VALUE}, or inline",
     )
     space: dict[str, Any] = Field(
         min_length=1, description="key of run: {float: [LOW, HIGH]}, {int: [LOW, HIGH]} or {choice: [A, B]}"
@@ -121,9 +123,13 @@ def load_search(path: str | Path, overrides: Sequence[str] = ()) -> SearchConfig
 
 def _expand(tree: dict[str, Any], path: Path) -> None:
     """Puts in what ``run`` names, and bare names as sections."""
-    if isinstance(tree.get("run"), str):
-        beside = path.parent / tree["run"]
-        tree["run"] = read_tree(beside if beside.exists() else tree["run"])
+    run = tree.get("run")
+    named = run if isinstance(run, str) else run.get("config") if isinstance(run, Mapping) else None
+    if isinstance(named, str):
+        beside = path.parent / named
+        tree["run"] = read_tree(beside if beside.exists() else named)
+        changes = {key: value for key, value in run.items() if key != "config"} if isinstance(run, Mapping) else {}
+        tree["run"] = with_settings(tree["run"], changes)
     if isinstance(tree.get("searcher"), str):
         tree["searcher"] = {"name": tree["searcher"]}
     for section in ("run", "space"):
