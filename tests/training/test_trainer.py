@@ -15,6 +15,7 @@ from metahpo.learners import MAML, Adapted, MAMLPlusPlus, MetaLearner
 from metahpo.nets import MLP
 from metahpo.tasks import Sinusoid, Task
 from metahpo.training import Interrupted, Trainer, TrainingSettings, evaluate_run
+from metahpo.training.checkpoint import position
 from metahpo.training.metrics import CsvLog, SumOfMetrics, best_epochs, summarise
 from metahpo.training.schedules import cosine
 
@@ -125,6 +126,48 @@ def test_fit_until_an_epoch_then_on(tmp_path):
     assert len(parts.fit()) == 3
     whole.fit()
     assert final(parts) == final(whole)
+
+
+def test_fit_until_an_iteration_stops_inside_an_epoch_and_goes_on_to_the_same_end(tmp_path):
+    parts, whole = trainer(tmp_path / "a"), trainer(tmp_path / "b")
+    size, rows = parts.settings.iterations, []
+    for until in (1, size, size, size + 1, 2 * size - 1, 3 * size):
+        assert len(parts.fit(until_iteration=until, on_epoch=rows.append)) == until // size
+        assert (parts.updates, parts.epoch, parts.iteration) == (until, until // size, until % size)
+        assert position(parts.store.list()[-1]) == (parts.epoch, parts.iteration)
+    assert [row["epoch"] for row in rows] == [1, 2, 3]
+    whole.fit()
+    assert final(parts) == final(whole)
+    assert len(parts.fit(until_iteration=99 * size)) == 3
+
+
+@pytest.mark.parametrize("until", [{"until_epoch": 1}, {"until_iteration": 4}, {}])
+def test_an_epoch_that_was_stopped_while_it_validated_gets_its_row(tmp_path, monkeypatch, until):
+    run = trainer(tmp_path, epochs=1, iterations=4)
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "val_tasks", Stopping(after=1))
+        with pytest.raises(Interrupted):
+            run.fit()
+    assert (run.epoch, run.iteration) == (0, 4)
+    resumed = Trainer.resume(tmp_path, learner(), Blobs(), Blobs(1))
+    assert len(resumed.fit(**until)) == 1
+
+
+def test_threads_are_those_of_the_settings_inside_and_as_before_outside(monkeypatch):
+    seen, before = [], torch.get_num_threads()
+
+    class Counting(Blobs):
+        def batch(self, indices):
+            seen.append(torch.get_num_threads())
+            return super().batch(indices)
+
+    assert trainer(threads=before + 1, engine="threads").engine.workers == before + 1
+    run = trainer(None, Counting(), epochs=1, iterations=1, threads=before + 1)
+    monkeypatch.setattr(run, "val_tasks", Counting())
+    run.fit()
+    run.evaluate(Counting(), 2)
+    assert set(seen) == {before + 1} and len(seen) >= 3
+    assert torch.get_num_threads() == before
 
 
 def test_a_damaged_newest_checkpoint_is_passed_over_and_named(tmp_path, capsys):
