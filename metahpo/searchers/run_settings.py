@@ -13,11 +13,10 @@ from metahpo.config_file import load_config, set_key, validate
 
 def run_tree(config: RunConfig | Mapping[str, Any] | str | Path) -> dict[str, Any]:
     """The keys that a config sets, as plain values; a path is read first. What is left to defaults is not in it."""
-    if isinstance(config, (str, Path)):
-        config = load_config(config)
-    if isinstance(config, RunConfig):
-        return config.model_dump(mode="json", exclude_unset=True, exclude={"run_dir"})
-    tree = copy.deepcopy({key: value for key, value in config.items() if key != "run_dir"})
+    read = load_config(config) if isinstance(config, (str, Path)) else config
+    if isinstance(read, RunConfig):
+        return read.model_dump(mode="json", exclude_unset=True, exclude={"run_dir"})
+    tree = copy.deepcopy({key: value for key, value in read.items() if key != "run_dir"})
     for section in UNIONS:
         if isinstance(tree.get(section), str):
             tree[section] = {NAME_KEY[section]: tree[section]}

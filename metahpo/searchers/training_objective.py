@@ -138,7 +138,7 @@ class TrainingObjective:
         means = tuple(mean(values) for values in zip(*scores))
         more = {"each": dict(zip(parts, map(list, scores)))} if len(parts) > 1 else {}
         gradients = {RATE: mean(slopes)} if slopes else {}
-        return Outcome(means if len(means) > 1 else means[0], gradients, {**notes[0], **more})
+        return Outcome(means[0] if len(means) == 1 else means, gradients, {**notes[0], **more})
 
     def _train(self, run: TrialRun, trial: Trial, curves: list[dict[int, float]], report: bool) -> None:
         """Trains to the trial's budget. The last of several trainings reports the means of all."""
@@ -196,7 +196,7 @@ class TrainingObjective:
                 what = "folds" if self.folds is not None else "fidelity data"
                 raise SearchError(f"{what}: needs images with classes; data.source {config.data.source!r} has none")
             return None
-        images = _loaded(config.data)
+        images = _loaded(config.data)  # type: ignore[arg-type]
         train, val = (tuple(images.splits[split]) for split in ("train", "val"))
         if self.folds is not None:
             mixed = _mixed((*train, *val), config.training.seed)
