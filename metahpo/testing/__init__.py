@@ -1,5 +1,5 @@
 """What own extensions can be tested with."""
 
-from metahpo.testing.searchers import CHECKS as CHECKS
-from metahpo.testing.searchers import Subject as Subject
+from metahpo.testing.checks import CHECKS as CHECKS
 from metahpo.testing.searchers import check_searcher as check_searcher
+from metahpo.testing.subject import Subject as Subject

@@ -296,3 +296,8 @@ def test_an_error_inside_the_searcher_is_placed():
     with pytest.raises(AssertionError, match=r"test_searchers.py, line \d+, in suggest\)") as raised:
         check_searcher(Divides(), checks=QUICK)
     assert isinstance(raised.value.__cause__, ZeroDivisionError)
+
+
+def test_a_class_in_place_of_a_searcher_is_refused():
+    with pytest.raises(SearchError, match=r"expected a searcher, such as Random\(\), found <class"):
+        check_searcher(Random)
