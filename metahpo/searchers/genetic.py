@@ -14,7 +14,8 @@ from metahpo.searchers.space import Settings, Space
 
 @dataclass(frozen=True)
 class Genetic(Searcher):
-    """Children of the best trials so far, one at a time (a steady-state genetic algorithm: Syswerda 1989).
+    """Children of the best trials so far, one at a time (a steady-state genetic algorithm: Whitley 1989, with uniform
+    crossover: Syswerda 1989).
 
     The population is the ``population`` best trials, so that each good child pushes out the worst member. Each parent
     is the best of ``tournament`` members drawn at random. With probability ``crossover`` a child has each setting from

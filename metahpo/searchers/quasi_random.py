@@ -16,8 +16,8 @@ NOTE = "sobol"
 
 @dataclass(frozen=True)
 class QuasiRandom(Searcher):
-    """The points of a scrambled Sobol sequence in turn (Sobol 1967; Owen 1998), which fill the space more evenly than
-    random ones.
+    """The points of a Sobol sequence in turn (Sobol 1967; scrambled as by Matousek 1998), which fill the space more
+    evenly than random ones.
 
     The first trial draws the scrambling's seed, which the later ones find in its notes.
     """
