@@ -66,10 +66,10 @@ def stays_in_the_space(subject: Subject) -> None:
 
 
 def follows_conditions(subject: Subject) -> None:
-    """Suggests a setting exactly where it exists."""
-    for space in (CONDITIONAL, CONDITIONAL_STEPPED):
+    """Suggests a setting exactly where it exists, to several workers too."""
+    for space, workers in ((CONDITIONAL, 4), (CONDITIONAL_STEPPED, 1)):
         if subject.takes(space):
-            _plain(subject.run(space, bowl(space)))
+            _plain(subject.run(space, bowl(space), workers=workers))
 
 
 def follows_the_seed(subject: Subject) -> None:
@@ -120,7 +120,7 @@ def resumes(subject: Subject) -> None:
 
 def bears_failures(subject: Subject) -> None:
     """Goes on after trials that raise or give NaN, also when all do."""
-    subject.run(subject.space, failing(subject.space))
+    _budgets(subject, subject.run(subject.space, failing(subject.space)))
     subject.run(subject.space, hopeless)
 
 
@@ -190,7 +190,11 @@ def ends_well(subject: Subject) -> None:
 
 def keeps_to_budgets(subject: Subject) -> None:
     """Budgets are positive and at most the largest; a trial that goes on from another has its settings, and more."""
-    records = subject.run(subject.space, bowl(subject.space), 2 * subject.trials)
+    for workers in (1, 4):
+        _budgets(subject, subject.run(subject.space, bowl(subject.space), 2 * subject.trials, workers=workers))
+
+
+def _budgets(subject: Subject, records: Sequence[TrialRecord]) -> None:
     most = subject.max_budget or math.inf
     for record in records:
         what = f"trial {record.number}, {told(record)}"
@@ -206,6 +210,8 @@ def keeps_to_budgets(subject: Subject) -> None:
         assert (parent.budget or math.inf) < (record.budget or math.inf), (
             f"{what}: its parent was trained for {parent.budget}, so this adds nothing"
         )
+        if parent.clock and record.clock:
+            assert parent.clock[1] <= record.clock[0], f"{what}: its parent is still at work (history.pending)"
 
 
 def _plain(records: Sequence[TrialRecord]) -> None:

@@ -223,6 +223,22 @@ class GoesBack(Rungs):
 
 
 @dataclass(frozen=True)
+class HeedsNoFailure(Rungs):
+    def suggest(self, history, space, rng):
+        if len(history) % 2 == 0 or history[-1].state == "pending":
+            return Proposal(space.sample(rng), self.low)
+        return Proposal(dict(history[-1].settings), 9, len(history) - 1)
+
+
+@dataclass(frozen=True)
+class HeedsNoWorker(Rungs):
+    def suggest(self, history, space, rng):
+        if len(history) % 2 == 0 or history[-1].state == "failed":
+            return Proposal(space.sample(rng), self.low)
+        return Proposal(dict(history[-1].settings), 9, len(history) - 1)
+
+
+@dataclass(frozen=True)
 class Refuses(Random):
     def check(self, space):
         raise SearchError("no")
@@ -257,6 +273,8 @@ WRONG = [
     (NoBudget(), "keeps_to_budgets", "the budget should be above 0 and at most 9"),
     (OthersSettings(), "keeps_to_budgets", "its parent is {"),
     (Unborn(), "keeps_to_budgets", "suggested to go on from trial 1, which there is not"),
+    (HeedsNoFailure(), "bears_failures", "its parent has failed"),
+    (HeedsNoWorker(), "keeps_to_budgets", "its parent is still at work"),
     (GoesBack(), "keeps_to_budgets", "its parent was trained for 9, so this adds nothing"),
 ]
 
