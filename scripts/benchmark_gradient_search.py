@@ -65,13 +65,15 @@ class Table:
     by_layer: bool = False
     steps: int = 100
 
-    def objective(self, seed: int, data: dict[str, Labelled], gradients: bool) -> HypergradientObjective:
+    def objective(
+        self, seed: int, data: dict[str, Labelled], gradients: bool, batch: int = 100
+    ) -> HypergradientObjective:
         with seeded(seed):
             net = self.net()
         rule = SGD(0.1, momentum=0.9, weight_decay=1e-4)
         falling = [1 - step / self.steps for step in range(self.steps)]
-        options: dict[str, Any] = {"steps": self.steps, "schedule": falling, "gradients": gradients, "seed": seed}
-        return HypergradientObjective(net, F.cross_entropy, data["train"], data["val"], rule, **options)
+        options: dict[str, Any] = {"steps": self.steps, "schedule": falling, "batch": batch, "gradients": gradients}
+        return HypergradientObjective(net, F.cross_entropy, data["train"], data["val"], rule, seed=seed, **options)
 
     def space(self) -> Space:
         layers = dict.fromkeys(name.rpartition(".")[0] for name, _ in self.net().named_parameters())
@@ -151,6 +153,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--searcher", action="append", choices=SEARCHERS, help="only this one; may be repeated")
     parser.add_argument("--seeds", type=int, default=10)
     parser.add_argument("--seconds", type=float, help="of each run (default: 5 for one, 10 for layers)")
+    parser.add_argument("--batch", type=int, default=100, help="training examples a step; the fewer the rougher a loss")
     parser.add_argument(
         "--clock", choices=("wall", "cpu"), default="wall", help="what is equal; cpu: on a machine that others use too"
     )
@@ -181,7 +184,7 @@ def one_seed(name: str, seed: int, options: argparse.Namespace) -> list[dict[str
     order = sorted(options.searcher, key=lambda own: (options.searcher.index(own) + seed) % len(options.searcher))
     runs = {}
     for own in order:
-        objective = table.objective(seed, data, gradients=own == "gradient")
+        objective = table.objective(seed, data, own == "gradient", options.batch)
         warm_up(SEARCHERS[own], objective, space)
         runs[own] = Run(SEARCHERS[own], objective, space, seed, clock)
     while unfinished := [run for run in runs.values() if run.seconds < limit]:

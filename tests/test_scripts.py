@@ -72,6 +72,25 @@ def test_every_strategy_is_measured_and_the_exact_ones_are_exact(tmp_path):
     assert bad.stderr.count("\n") == 1
 
 
+def test_gradient_search_is_raced_against_random_search(tmp_path):
+    figures, picture = tmp_path / "figures.json", tmp_path / "race.png"
+    command = [sys.executable, SCRIPTS / "benchmark_gradient_search.py"]
+    flags = ["--quick", "--json", figures, "--plot", picture]
+    done = subprocess.run([*command, *flags], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = json.loads(figures.read_text())["rows"]
+    assert [(row["table"], row["searcher"]) for row in rows] == [
+        (table, searcher) for table in ("one", "layers") for searcher in ("random", "gradient")
+    ]
+    for row in rows:
+        assert row["evaluations"] >= 1 and row["seconds"] > 0 and row["regret"] >= 0
+        assert row["course"][-1][1] == row["val_loss"]
+    assert picture.stat().st_size > 0
+    bad = subprocess.run([*command, "--seeds", "0"], capture_output=True, text=True, timeout=300)
+    assert (bad.returncode, bad.stderr.count("\n")) == (2, 1)
+    assert "--seeds and --seconds: expected at least 1 and above 0, found 0" in bad.stderr
+
+
 def test_the_proofs_of_tuning_run(tmp_path):
     figures = tmp_path / "figures.json"
     command = [sys.executable, SCRIPTS / "prove_tuning.py", "--quick", "--json", figures]

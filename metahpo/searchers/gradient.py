@@ -17,7 +17,7 @@ from metahpo.searchers.settings import Float, Int
 from metahpo.searchers.space import Settings, Space
 
 # The notes of a trial say which chain of descent it belongs to.
-CHAIN = "chain"
+CHAIN, HOP = "chain", "hop"
 
 
 @dataclass(frozen=True)
@@ -29,18 +29,21 @@ class Gradient(Searcher):
     it gives before the best of them is gone on from. Where no trial has a gradient, all are the base's.
 
     A chain moves its numbers with a gradient in the unit cube of the space, log ranges in the logarithm, by a trust
-    region with the curvature learnt on the way (``Descent``), at first by ``radius`` of each range. It ends when its
+    region with the curvature learnt on the way (``Descent``), at first by ``radius`` of each range. It is over when its
     steps are shorter than ``shortest``, when no more than ``tolerance`` of the loss, or of its gain so far, can be
-    expected of a step, or when it is worse than another one after ``patience`` trials; then the next best start is gone on from, or there
-    is a new one. With several workers as many chains go on at once. Of several objectives it descends the first.
+    expected of a step, or when it is worse than another one after ``patience`` trials. Then the next best start is gone
+    on from, or there is a new one; and up to a share of ``hops`` of all trials are draws near the best one, for close
+    up the loss of a training is rough, where no gradient leads (basin hopping, Wales and Doye 1997). With several
+    workers as many chains go on at once. Of several objectives it descends the first.
     """
 
     base: Searcher = Random()
-    starts: int = 4
+    starts: int = 3
     radius: float = 0.1
     shortest: float = 0.004
     tolerance: float = 1e-3
     patience: int = 10
+    hops: float = 0.3
 
     def __post_init__(self) -> None:
         for name, low in (("starts", 1), ("patience", 1)):
@@ -52,6 +55,8 @@ class Gradient(Searcher):
                 "Gradient: expected 0 < shortest < radius <= 0.5 (shares of each range), found "
                 f"shortest={self.shortest!r}, radius={self.radius!r}"
             )
+        if not 0 <= self.hops < 1:
+            raise SearchError(f"Gradient: hops should be a share from 0 to below 1, found {self.hops!r}")
         if not isinstance(self.base, Searcher):
             raise SearchError(f"Gradient: base should be a searcher, found {self.base!r}")
 
@@ -61,10 +66,14 @@ class Gradient(Searcher):
     def suggest(self, history: History, space: Space, rng: np.random.Generator) -> Proposal | None:
         chains = self._chains(history, space)
         if len(chains) >= self.starts:
-            for chain in self._ready(chains):
-                if (settings := chain.next()) is not None:
-                    last = chain.trials[0]
-                    return Proposal(settings, budget=last.budget, notes={CHAIN: chain.number})
+            best = min(chain.loss for chain in chains)
+            hops = sum(HOP in trial.notes for trial in history)
+            for chain in self._ready(chains, best):
+                notes, settings = {CHAIN: chain.number}, chain.next()
+                if settings is None and chain.loss == best and hops < self.hops * len(history):
+                    notes, settings = {**notes, HOP: True}, chain.hop(rng)
+                if settings is not None:
+                    return Proposal(settings, budget=chain.trials[0].budget, notes=notes)
         given = self.base.suggest(History([chain.told() for chain in chains]), space, rng)
         if given is None:
             return None
@@ -78,9 +87,8 @@ class Gradient(Searcher):
             trials.setdefault(trial.notes.get(CHAIN, trial.number), []).append(trial)
         return [_Chain(number, members, space, self) for number, members in trials.items()]
 
-    def _ready(self, chains: list[_Chain]) -> Iterator[_Chain]:
+    def _ready(self, chains: list[_Chain], best: float) -> Iterator[_Chain]:
         """Those that may go on, the best first."""
-        best = min(chain.loss for chain in chains)
         for chain in sorted(chains, key=lambda chain: (chain.loss, chain.number)):
             behind = chain.loss > best and len(chain.trials) >= self.patience
             if not behind and all(trial.state != "pending" for trial in chain.trials):
@@ -110,13 +118,24 @@ class _Chain:
 
     def next(self) -> Settings | None:
         """Where the descent goes on; None where there is no gradient or it is over."""
-        if (descent := self._descent()) is None or (point := descent.next()) is None:
+        return None if (descent := self._descent) is None else self._at(descent.next())
+
+    def hop(self, rng: np.random.Generator) -> Settings | None:
+        """A place at random near the best one."""
+        if (descent := self._descent) is None:
             return None
-        moved = {name: self.space[name].at(float(u)) for name, u in zip(self._moving, point)}
+        length = self.options.radius / math.sqrt(len(self._moving))
+        return self._at(descent.point + length * rng.normal(size=len(self._moving)))
+
+    def _at(self, point: np.ndarray | None) -> Settings | None:
+        if point is None:
+            return None
+        moved = {name: self.space[name].at(float(u)) for name, u in zip(self._moving, point.clip(0, 1))}
         settings = {**self.trials[0].settings, **moved}
         # Where steps are whole numbers a shorter one may be none.
         return None if any(trial.settings == settings for trial in self.trials) else settings
 
+    @cached_property
     def _descent(self) -> Descent | None:
         start, slope = self.trials[0], self._slope(self.trials[0])
         if slope is None or not start.losses:
