@@ -22,9 +22,9 @@ from torch import Tensor
 from metahpo.searchers.settings import Choice
 from metahpo.searchers.space import Space
 
-# Mean and deviation of the normal priors of the logarithms of lengthscales (in the unit cube), of the function's
-# standard deviation and of the noise's (values have deviation 1), and what they are bounded by.
-LENGTHSCALE, SIGNAL, NOISE = (-0.3, 0.8), (0.0, 0.7), (-3.0, 1.5)
+# Of the logarithms of lengthscales (in the unit cube), of the function's standard deviation and of the noise's (values
+# have deviation 1): where the search for the best begins, and what they are bounded by.
+START, NOISY = (0.0, 0.0, -1.5), -0.5
 BOUNDS = ((-4.0, 4.0), (-3.0, 3.0), (-10.0, 1.0))
 JITTER = 1e-9
 
@@ -63,15 +63,15 @@ class Hyperparameters:
 def fit(inputs: np.ndarray, owners: np.ndarray, values: np.ndarray) -> Hyperparameters:
     """The most probable hyperparameters given values [N] at inputs [N, F].
 
-    The kernel is Matern 5/2 with a lengthscale for each setting; L-BFGS climbs from the priors' means and from a start
-    with more noise (Rasmussen and Williams 2006, section 5.4.1).
+    The kernel is Matern 5/2 with a lengthscale for each setting; L-BFGS climbs from two starts, the second with more
+    noise (Rasmussen and Williams 2006, section 5.4.1).
     """
     settings = int(owners.max()) + 1
     squares = np.stack([_squared_distances(inputs[:, owners == owner]) for owner in range(settings)])
     bounds = [BOUNDS[0]] * settings + list(BOUNDS[1:])
     best = None
-    for noise in (NOISE[0], NOISE[0] + 2 * NOISE[1]):
-        start = np.array([LENGTHSCALE[0]] * settings + [SIGNAL[0], noise])
+    for noise in (START[2], NOISY):
+        start = np.array([START[0]] * settings + [START[1], noise])
         found = minimize(
             negative_log_posterior, start, (squares, values), "L-BFGS-B", True, bounds=bounds, options={"maxiter": 50}
         )
@@ -109,11 +109,22 @@ def negative_log_posterior(logarithms: np.ndarray, squares: np.ndarray, values: 
             [(outer * kernel).sum(), np.trace(outer) * noise],
         ]
     )
-    means = np.array([LENGTHSCALE[0]] * len(squares) + [SIGNAL[0], NOISE[0]])
-    deviations = np.array([LENGTHSCALE[1]] * len(squares) + [SIGNAL[1], NOISE[1]])
-    away = (logarithms - means) / deviations
-    value = 0.5 * values @ weights + np.log(np.diag(lower)).sum() + 0.5 * away @ away
-    return float(value), gradient + away / deviations
+    value = 0.5 * values @ weights + np.log(np.diag(lower)).sum()
+    prior, slopes = log_prior(logarithms)
+    return float(value - prior), gradient - slopes
+
+
+def log_prior(logarithms: np.ndarray) -> tuple[float, np.ndarray]:
+    """Up to a constant, with its gradient: of the logarithms [S + 2] of lengthscales, signal and noise.
+
+    Wide ones: lengthscales are about equally likely from 0.3 to 3 and unlikely far beyond. The variances have gamma
+    distributions, the noise's about 0.07, which does not keep it from being next to nothing where values are exact.
+    """
+    squares = np.exp(2 * logarithms)
+    lengths, signal, noise = squares[:-2], squares[-2], squares[-1]
+    value = -0.1 * (lengths + 1 / lengths).sum() + np.log(signal) - signal + 1.1 * np.log(noise) - 30 * noise
+    slopes = [-0.2 * (lengths - 1 / lengths), [2 - 2 * signal, 2.2 - 60 * noise]]
+    return float(value), np.concatenate(slopes)
 
 
 def _squared_distances(inputs: np.ndarray) -> np.ndarray:
