@@ -14,15 +14,12 @@ from gpytorch.likelihoods import GaussianLikelihood
 from gpytorch.means import ZeroMean
 from gpytorch.mlls import ExactMarginalLogLikelihood
 from scipy.optimize import minimize
-from scipy.stats import norm
+from scipy.stats import gamma, norm
 
 from metahpo.searchers import Choice, Float, Int, Space
 from metahpo.searchers.acquisition import ACQUISITIONS, Cube, acquisition, key, maximised
 from metahpo.searchers.gaussian_process import (
     JITTER,
-    LENGTHSCALE,
-    NOISE,
-    SIGNAL,
     GaussianProcess,
     Hyperparameters,
     features,
@@ -79,9 +76,9 @@ def test_the_posterior_density_is_gpytorchs_with_the_priors(observed, seed):
     for logarithms in points:
         gp = reference(logarithms, inputs, owners, values).train()
         likelihood = ExactMarginalLogLikelihood(gp.likelihood, gp)(gp(*gp.train_inputs), gp.train_targets)
-        priors = [LENGTHSCALE] * 3 + [SIGNAL, NOISE]
-        prior = sum(norm.logpdf(x, *p) for x, p in zip(logarithms, priors))
-        found.append(-float(likelihood) * len(values) - prior)
+        lengths, signal, noise = np.exp(2 * logarithms[:-2]), *np.exp(2 * logarithms[-2:])
+        prior = -0.1 * (lengths + 1 / lengths).sum() + gamma.logpdf(signal, 2) + gamma.logpdf(noise, 2.1, scale=1 / 30)
+        found.append(-float(likelihood.detach()) * len(values) - prior)
     ours = [negative_log_posterior(p, squares(inputs, owners), values)[0] for p in points]
     # Each is so up to a constant.
     assert ours[0] - ours[1] == pytest.approx(found[0] - found[1], rel=1e-9)
