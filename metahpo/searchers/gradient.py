@@ -39,11 +39,11 @@ class Gradient(Searcher):
 
     base: Searcher = Random()
     starts: int = 3
-    radius: float = 0.1
+    radius: float = 0.15
     shortest: float = 0.004
     tolerance: float = 1e-3
     patience: int = 10
-    hops: float = 0.3
+    hops: float = 0.2
 
     def __post_init__(self) -> None:
         for name, low in (("starts", 1), ("patience", 1)):
@@ -68,11 +68,13 @@ class Gradient(Searcher):
         if len(chains) >= self.starts:
             best = min(chain.loss for chain in chains)
             hops = sum(HOP in trial.notes for trial in history)
+            at_work = [trial.settings for trial in history.pending]
             for chain in self._ready(chains, best):
                 notes, settings = {CHAIN: chain.number}, chain.next()
                 if settings is None and chain.loss == best and hops < self.hops * len(history):
                     notes, settings = {**notes, HOP: True}, chain.hop(rng)
-                if settings is not None:
+                # Two chains may be on their way into the same corner.
+                if settings is not None and settings not in at_work:
                     return Proposal(settings, budget=chain.trials[0].budget, notes=notes)
         given = self.base.suggest(History([chain.told() for chain in chains]), space, rng)
         if given is None:

@@ -219,7 +219,7 @@ def test_a_crease_does_not_throw_the_descent_off():
 def test_trials_at_work_leave_their_chain_alone_and_others_go_on():
     space = Space(x=Float(0, 1))
     starts = [_seen(i, {"x": x}, x, {"x": 1.0}) for i, x in enumerate((0.5, 0.7, 0.9))]
-    searcher, rng = Gradient(starts=3), np.random.default_rng(0)
+    searcher, rng = Gradient(starts=3, radius=0.1), np.random.default_rng(0)
     history, chains = list(starts), []
     for _ in range(4):
         proposal = searcher.suggest(History(history), space, rng)
