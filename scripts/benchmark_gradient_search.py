@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import numpy as np
+import optuna
 import torch
 import torch.nn.functional as F
 from scipy.stats import wilcoxon
@@ -131,6 +132,7 @@ class Parser(argparse.ArgumentParser):
 def main() -> int:
     options = parse()
     torch.set_num_threads(1)
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
     about = machine(["metahpo", "scikit-learn", "scipy", "botorch"]) | {"clock": options.clock}
     print(", ".join(f"{key} {value}" for key, value in about.items() if value))
     print("| " + " | ".join(COLUMNS) + " |\n|" + " --- |" * len(COLUMNS), flush=True)

@@ -41,7 +41,8 @@ class HypergradientObjective:
     minimises in place of ``loss``, finds it in ``hparams`` as a scalar tensor.
 
     gradients: False gives the score alone, of a plain training. strategy: how the gradient is had; ``Unroll()`` takes
-    about three plain trainings for any number of settings. Batch norm uses the batch's statistics in the score too.
+    about three plain trainings for any number of settings. Where the gradient is not finite but the score is, the score
+    stands alone. Batch norm uses the batch's statistics in the score too.
 
     Raises NetError for a net without trainable parameters or a rule without scalars of its own; in a trial SearchError
     for a setting that nothing has, NonFiniteError where the training diverges: the trial has failed.
@@ -81,7 +82,11 @@ class HypergradientObjective:
     def outcome(self, settings: Mapping[str, float]) -> Outcome:
         """What a trial with these settings gives."""
         if self.gradients and settings:
-            return self._differentiated(settings)
+            try:
+                return self._differentiated(settings)
+            except NonFiniteError:
+                # Of a training at the edge of chaos the score may be finite where its gradient is not.
+                pass
         with torch.no_grad():
             return Outcome(float(self.loss(self.fitted(settings)(self.val.x), self.val.y)))
 

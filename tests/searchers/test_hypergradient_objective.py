@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from metahpo.errors import NetError, SearchError
+from metahpo.errors import NetError, NonFiniteError, SearchError
 from metahpo.hypergrad import Forward
 from metahpo.inner import SGD, Adam, LayerStepRates
 from metahpo.nets import MLP
@@ -109,6 +109,14 @@ def test_a_training_that_diverges_is_a_failed_trial_and_the_search_goes_on(gradi
         failed = [record for record in study.trials if record.state == "failed"]
     assert failed and all("diverged" in record.error and "\n" not in record.error for record in failed)
     assert best.settings["lr"] < 10
+
+
+def test_a_finite_score_stands_where_its_gradient_is_not_finite():
+    def no_gradient(*arguments):
+        raise NonFiniteError("the hypergradient of 'rule.lr' is not finite though every loss of the 12 steps is")
+
+    outcome = made(strategy=no_gradient).outcome(SETTINGS)
+    assert outcome == made(gradients=False).outcome(SETTINGS)
 
 
 def test_it_is_searched_by_gradient_and_can_be_sent_to_workers():
