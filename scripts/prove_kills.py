@@ -1,32 +1,40 @@
 """Proof that a search survives the death of its processes.
 
 A search with two workers is killed at random moments with SIGKILL, by turns a worker and the coordinator, which is then
-started again. In the end every trial has run to its end once, the study has been readable after each kill, and all
-trials, their scores and the best are those of the same search without kills.
+started again. In the end no trial is lost; none was begun again once its result was there, or trained twice to its end;
+a kill cost each worker that it hit one step at most; the study was readable after each kill; all trials, what they
+reported, their scores and the best are those of the same search undisturbed; and no process is left.
 
     python scripts/prove_kills.py --json figures.json                  # 20 kills
-    python scripts/prove_kills.py --executor ray --kills 1             # a worker of a Ray cluster on this machine
+    python scripts/prove_kills.py --executor ray --kills 2             # a Ray cluster on this machine
     python scripts/prove_kills.py --quick
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
+import multiprocessing
 import os
 import random
 import signal
 import sqlite3
-import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
+import torch
+
+from kills import coordinator
+from kills.cluster import LOOPBACK, cluster
 from metahpo.searchers import Study
 from metahpo.training.environment import versions
-
-PROGRAM = Path(__file__).parent / "kills" / "coordinator.py"
 
 
 def main() -> int:
@@ -37,118 +45,159 @@ def main() -> int:
     parser.add_argument("--executor", choices=["processes", "ray"], default="processes")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--quick", action="store_true", help="4 kills")
+    parser.add_argument("--quick", action="store_true", help="2 kills of a short search")
     options = parser.parse_args()
+    options.longest_pause = 4.0
     if options.quick:
-        options.kills, options.trials, options.steps = 4, 10, 10
+        options.kills, options.trials, options.steps, options.longest_pause = 2, 6, 8, 0.3
     with tempfile.TemporaryDirectory(prefix="metahpo-kills-") as folder:
-        rows = [search(Path(folder) / "calm", options, 0), search(Path(folder) / "killed", options, options.kills)]
-    calm, killed = rows
-    for row in rows:
-        row["trials_hash"] = hash_of(row.pop("trials"))
-    promises = {
-        "every trial ended once": killed["ends"] == [1] * options.trials,
-        "readable after each kill": killed["unreadable"] == 0,
-        "the same trials and scores": killed["trials_hash"] == calm["trials_hash"],
-        "the same best": killed["best"] == calm["best"],
-        "as many kills as asked": killed["kills"] == options.kills,
-    }
+        calm, killed = Path(folder) / "calm", Path(folder) / "killed"
+        calm.mkdir()
+        started = time.perf_counter()
+        coordinator.search(calm, options.trials, options.steps, "serial")
+        rows = [figures(calm, "undisturbed", options, started)]
+        killed.mkdir()
+        started = time.perf_counter()
+        with cluster() if options.executor == "ray" else nothing() as address:
+            kills = kill(killed, options, address)
+        rows.append({**kills, **figures(killed, options.executor, options, started)})
+    promises = judged(*rows, options)
     for name, kept in promises.items():
         print(f"{'ok  ' if kept else 'FAIL'} {name}")
     if options.json:
-        import torch
-
         machine = versions(torch.device("cpu"))
         options.json.write_text(json.dumps({"machine": machine, "rows": rows, "promises": promises}, indent=2))
     return 0 if all(promises.values()) else 1
 
 
-def search(folder: Path, options: argparse.Namespace, kills: int) -> dict:
-    """One search, with ``kills`` kills; what it came to."""
-    folder.mkdir()
-    moments, killed, unreadable, steps_lost = random.Random(options.seed), {"worker": 0, "coordinator": 0}, 0, 0
-    started, process = time.perf_counter(), None
+def kill(folder: Path, options: argparse.Namespace, address: str | None) -> dict:
+    """The search with kills, to its end; how many there were, and after how many the study could not be read."""
+    moments, killed, unreadable = random.Random(options.seed), Counter(worker=0, coordinator=0), 0
+    started, process = time.perf_counter(), start(folder, options, address)
     while True:
-        process = process or start(folder, options)
-        left = kills - sum(killed.values())
-        # Long enough for a coordinator to begin, short enough to meet it at all it does.
-        pause = moments.uniform(0.2, 4.0) if left > 0 else None
-        try:
-            if process.wait(pause) == 0:
+        left = options.kills - sum(killed.values())
+        # From before a search is at work to well into it.
+        process.join(moments.uniform(0.02, options.longest_pause) if left > 0 else None)
+        if process.exitcode is not None:
+            if process.exitcode == 0:
                 break
             raise SystemExit(f"the coordinator failed:\n{(folder / 'coordinator.log').read_text()[-2000:]}")
-        except subprocess.TimeoutExpired:
-            pass
-        # With Ray a coordinator takes its cluster with it; its workers alone are tried there.
-        what = "worker" if options.executor == "ray" or sum(killed.values()) % 2 == 0 else "coordinator"
-        if what == "coordinator":
-            if not (folder / "begun").exists():
-                continue  # Nothing to lose yet.
-            process.kill()
-            process.wait()
-            (folder / "begun").unlink(missing_ok=True)
-            process = None
-        else:
-            pids = [int(path.name) for path in (folder / "at_work").glob("*") if alive(int(path.name))]
-            if not pids:
+        what = "worker" if sum(killed.values()) % 2 == 0 else "coordinator"
+        if what == "worker":
+            if not (pids := workers(folder)):
                 continue
             os.kill(moments.choice(sorted(pids)), signal.SIGKILL)
+        else:
+            if not (folder / "begun").exists() or (options.quick and not workers(folder)):
+                continue  # There is nothing to lose yet.
+            process.kill()
+            process.join()
+            (folder / "begun").unlink()
+            process = start(folder, options, address)
         killed[what] += 1
         unreadable += not readable(folder / "study.db")
-        print(f"{folder.name}: {time.perf_counter() - started:5.1f} s  killed the {what}", flush=True)
-    ends = (folder / "ends").read_text().split()
-    study = Study.open(folder / "study.db")
-    trials = [(t.settings, t.state, t.scores) for t in study.trials]
-    steps = len((folder / "steps").read_text().split())
-    best = study.best
+        print(f"{time.perf_counter() - started:5.1f} s  killed the {what}", flush=True)
+    return {"killed_workers": killed["worker"], "killed_coordinators": killed["coordinator"], "unreadable": unreadable}
+
+
+def figures(folder: Path, table: str, options: argparse.Namespace, started: float) -> dict:
+    """What a search came to, by its study and by its trials' own log."""
+    seconds = round(time.perf_counter() - started, 1)
+    lines = [line.split() for line in (folder / "log").read_text().splitlines()]
+    counts = {what: Counter(int(n) for w, n, *_ in lines if w == what) for what in ("begin", "again", "step", "end")}
+    # An attempt that found all its steps done only hands their result in.
+    trained: Counter[int] = Counter()
+    at_work: dict[str, bool] = {}
+    for what, number, pid, _ in lines:
+        trained[int(number)] += what == "end" and at_work.get(pid, False)
+        at_work[pid] = what == "step" or (what != "begin" and at_work.get(pid, False))
+    with Study.open(folder / "study.db") as study:
+        trials = [[t.settings, t.state, t.scores, dict(t.reports)] for t in study.trials]
+        best, deaths = study.best, sum(t.deaths for t in study.trials)
     row = {
-        "table": options.executor,
-        "kills": sum(killed.values()),
-        "killed_workers": killed["worker"],
-        "killed_coordinators": killed["coordinator"],
-        "unreadable": unreadable,
-        "ends": [ends.count(str(n)) for n in range(options.trials)],
-        "steps": steps,
+        "table": table,
+        "trials": len(trials),
+        "complete": sum(state == "complete" for _, state, *_ in trials),
+        "attempts": sum(counts["begin"].values()) + sum(counts["again"].values()),
+        "begun_again_after_the_end": sum(counts["again"].values()),
+        "most_trained_to_the_end": max(trained.values()),
+        "fewest_ends": min(counts["end"][n] for n in range(options.trials)),
+        "steps": sum(counts["step"].values()),
         "steps_needed": options.trials * options.steps,
-        "deaths_noted": sum(t.deaths for t in study.trials),
+        "deaths_noted": deaths,
+        "processes_left": left_over(folder),
         "best": [best.number, best.score] if best else None,
-        "seconds": round(time.perf_counter() - started, 1),
-        "trials": trials,
+        "trials_hash": hashlib.sha256(json.dumps(trials).encode()).hexdigest()[:16],
+        "seconds": seconds,
     }
-    print(f"{folder.name}: " + ", ".join(f"{k} {v}" for k, v in row.items() if k not in ("ends", "trials", "table")))
-    study.close()
+    print(", ".join(f"{key} {value}" for key, value in row.items()), flush=True)
     return row
 
 
-def start(folder: Path, options: argparse.Namespace) -> subprocess.Popen:
-    command = [sys.executable, str(PROGRAM), str(folder), str(options.trials), str(options.steps), options.executor]
-    with open(folder / "coordinator.log", "ab") as log:
-        return subprocess.Popen(command, stdout=log, stderr=log)
+def judged(calm: dict, killed: dict, options: argparse.Namespace) -> dict[str, bool]:
+    lost = killed["attempts"] - options.trials
+    return {
+        "as many kills as asked": killed["killed_workers"] + killed["killed_coordinators"] == options.kills,
+        "no trial lost": killed["complete"] == options.trials == killed["trials"] and killed["fewest_ends"] >= 1,
+        "no trial begun again once its result was there": killed["begun_again_after_the_end"] == 0,
+        "no trial trained twice to its end": killed["most_trained_to_the_end"] == 1,
+        "one step lost at most of each attempt cut short": killed["steps"] - killed["steps_needed"] <= lost,
+        "study readable after each kill": killed["unreadable"] == 0,
+        "trials, reports and scores of the undisturbed search": killed["trials_hash"] == calm["trials_hash"],
+        "its best": killed["best"] == calm["best"],
+        "no process left": killed["processes_left"] == 0,
+    }
+
+
+def start(folder: Path, options: argparse.Namespace, address: str | None) -> BaseProcess:
+    """A coordinator in a process of its own: a fork of one that has imported all, for that takes seconds."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["metahpo.searchers"])
+    process = context.Process(
+        target=coordinate, args=(folder, options.trials, options.steps, options.executor, address)
+    )
+    process.start()
+    return process
+
+
+def coordinate(folder: Path, *arguments: object) -> None:
+    """What that process does."""
+    log = os.open(folder / "coordinator.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    os.environ.update(LOOPBACK)
+    coordinator.search(folder, *arguments)  # type: ignore[arg-type]
+
+
+def workers(folder: Path) -> set[int]:
+    """The processes that have been at work in a trial, and are there still."""
+    if not (folder / "log").exists():
+        return set()
+    lines = [line.split() for line in (folder / "log").read_text().splitlines()]
+    return {int(pid) for _, _, pid, born in lines if int(pid) != os.getpid() and coordinator.born(int(pid)) == born}
+
+
+def left_over(folder: Path) -> int:
+    # The kernel may take a moment to end those whose coordinator is gone.
+    deadline = time.monotonic() + 10
+    while workers(folder) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return len(workers(folder))
 
 
 def readable(path: Path) -> bool:
     """Whether the file is whole, and every trial of it can be read."""
     if not path.exists():
         return True
-    with sqlite3.connect(path, timeout=60) as database:
+    with closing(sqlite3.connect(path, timeout=60)) as database:
         whole = database.execute("PRAGMA integrity_check").fetchone() == ("ok",)
-    database.close()
-    study = Study.open(path)
-    study.close()
+    Study.open(path).close()
     return whole
 
 
-def alive(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
-    except OSError:
-        return False
-
-
-def hash_of(trials: list) -> str:
-    import hashlib
-
-    return hashlib.sha256(json.dumps(trials).encode()).hexdigest()[:16]
+@contextmanager
+def nothing() -> Iterator[None]:
+    yield None
 
 
 if __name__ == "__main__":

@@ -299,6 +299,8 @@ class Study:
 
     def report(self, number: int, step: int, score: float) -> None:
         record = self._records[number]
+        if record.reports.get(step) == score:
+            return
         self._store.report(number, step, score)
         self._records[number] = replace(record, reports={**record.reports, step: score})
 

@@ -57,7 +57,11 @@ class Trial:
         return self._folder
 
     def report(self, step: int, score: float) -> None:
-        """Tells the study the score after ``step`` (an epoch, ...)."""
+        """Tells the study the score after ``step`` (an epoch, ...).
+
+        An attempt that goes on from what another one kept should tell of that one's steps again: what was told just
+        before a process died may be lost.
+        """
         if isinstance(step, bool) or not isinstance(step, int) or step < 0:
             raise SearchError(f"trial.report: step should be a whole number of at least 0, found {step!r}")
         self.reports[step] = float(score)

@@ -1,18 +1,22 @@
-"""The search that ``prove_kills.py`` kills: FOLDER TRIALS STEPS EXECUTOR."""
+"""The search that ``prove_kills.py`` kills, and the log of what its trials do."""
 
 from __future__ import annotations
 
 import json
 import os
-import sys
+import sqlite3
 import time
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from metahpo.searchers import Float, History, Processes, Ray, Searcher, Space, Study, Trial
+from metahpo.searchers.executors import Executor, Serial
 from metahpo.training.checkpoint import write_atomically
+
+SPACE = Space(x=Float(-1, 1), y=Float(-1, 1))
 
 
 @dataclass(frozen=True)
@@ -28,42 +32,57 @@ class Descent(Searcher):
 
 @dataclass(frozen=True)
 class Training:
-    """Minimises (w - x)^2 + y^2 by steps of gradient descent, keeping w after each, and notes all that it does."""
+    """Minimises (w - x)^2 + y^2 by steps of gradient descent, keeping w after each, and logs all that it does."""
 
     folder: Path
     steps: int
 
     def __call__(self, trial: Trial) -> float:
-        at_work = self.folder / "at_work" / str(os.getpid())
-        at_work.parent.mkdir(exist_ok=True)
-        at_work.touch()
+        self.log("again" if self.has_ended(trial.number) else "begin", trial)
         kept = trial.folder / "kept.json"
-        state = json.loads(kept.read_text()) if kept.exists() else {"step": 0, "w": 1.0}
-        while state["step"] < self.steps:
+        path = json.loads(kept.read_text()) if kept.exists() else [1.0]
+        # The last ones before a death may not have been heard.
+        for step, w in enumerate(path):
+            trial.report(step, (w - 0.3) ** 2)
+        while len(path) <= self.steps:
+            self.log("step", trial)
             time.sleep(0.04)
-            state = {"step": state["step"] + 1, "w": state["w"] - 0.1 * (state["w"] - trial["x"])}
-            write_atomically(kept, json.dumps(state).encode())
-            self.note("steps", trial.number)
-            trial.report(state["step"], (state["w"] - 0.3) ** 2)
-        self.note("ends", trial.number)
-        return (state["w"] - 0.3) ** 2 + trial["y"] ** 2
+            path.append(path[-1] - 0.1 * (path[-1] - trial["x"]))
+            write_atomically(kept, json.dumps(path).encode())
+            trial.report(len(path) - 1, (path[-1] - 0.3) ** 2)
+        self.log("end", trial)
+        return (path[-1] - 0.3) ** 2 + trial["y"] ** 2
 
-    def note(self, name: str, number: int) -> None:
+    def has_ended(self, number: int) -> bool:
+        """Whether the trial's result is there already, in its file or in the study."""
+        if (self.folder / "study.files" / "results" / f"{number:05d}.json").exists():
+            return True
+        with closing(sqlite3.connect(self.folder / "study.db", timeout=60)) as database:
+            found = database.execute("SELECT state FROM trials WHERE number = ?", (number,)).fetchall()
+        return found != [("RUNNING",)]
+
+    def log(self, what: str, trial: Trial) -> None:
         # One short write to a file opened for appending is never torn or lost.
-        file = os.open(self.folder / name, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-        os.write(file, f"{number}\n".encode())
+        file = os.open(self.folder / "log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.write(file, f"{what} {trial.number} {os.getpid()} {born(os.getpid())}\n".encode())
         os.close(file)
 
 
-def main() -> None:
-    folder, trials, steps = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
-    space = Space(x=Float(-1, 1), y=Float(-1, 1))
-    executor = Ray(2, threads=1) if sys.argv[4] == "ray" else Processes(2, threads=1)
-    with Study(space, Descent(), folder / "study.db", seed=7) as study:
+def born(pid: int) -> str | None:
+    """When a process began, by which a later one of the same number is told apart; None if there is none at work."""
+    try:
+        state, *rest = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return None
+    return None if state in "ZX" else rest[18]
+
+
+def search(folder: Path, trials: int, steps: int, executor: str, address: str | None = None) -> None:
+    """The search with two workers, begun or gone on with; executor "serial": the same with one trial at a time."""
+    workers: Executor = Serial()
+    if executor != "serial":
+        workers = Ray(2, threads=1, address=address) if executor == "ray" else Processes(2, threads=1)
+    with Study(SPACE, Descent(), folder / "study.db", seed=7, parallel=2) as study:
         (folder / "begun").touch()
         # Kills are not the trials' fault here: none is given up.
-        study.optimize(Training(folder, steps), trials, executor, max_attempts=1000)
-
-
-if __name__ == "__main__":
-    main()
+        study.optimize(Training(folder, steps), trials, workers, max_attempts=1000)

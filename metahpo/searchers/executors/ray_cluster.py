@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+import socket
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -77,6 +78,7 @@ class Ray(Executor):
             # "local": RAY_ADDRESS may name another one.
             options |= {"address": "local", "num_cpus": self.workers * self.threads, "include_dashboard": False}
         try:
+            _reach(self.address)
             with alone:
                 self._ray.init(**options)
         except Exception as error:
@@ -147,6 +149,13 @@ class Ray(Executor):
     def pids(self) -> dict[int, int]:
         """The process of each trial at work, by the trial's number; each on its own machine."""
         return {p.job.number: self._ray.get(p.actor.pid.remote()) for p in self._places if p.job is not None}
+
+
+def _reach(address: str | None) -> None:
+    """Raises OSError if nothing listens at HOST:PORT, where Ray would try for a quarter of an hour."""
+    host, _, port = (address or "").removeprefix("ray://").rpartition(":")
+    if host and port.isdigit():
+        socket.create_connection((host, int(port)), timeout=10).close()
 
 
 @contextmanager
