@@ -13,7 +13,7 @@ from metahpo.errors import SearchError
 from metahpo.searchers.base import History, Observation, Proposal, Searcher
 from metahpo.searchers.descent import Descent
 from metahpo.searchers.random import Random
-from metahpo.searchers.settings import Float, Int
+from metahpo.searchers.settings import Float, Int, Setting
 from metahpo.searchers.space import Settings, Space
 
 # The notes of a trial say which chain of descent it belongs to.
@@ -178,8 +178,9 @@ class _Chain:
         return np.array(parts) if np.isfinite(parts).all() else None
 
 
-def stretch(setting: Float | Int, value: float) -> float:
-    """The derivative of the setting's value in its place in the unit interval (of the straight line through steps)."""
+def stretch(setting: Setting, value: float) -> float:
+    """The derivative of a number's value in its place in the unit interval (of the straight line through its steps)."""
+    assert isinstance(setting, (Float, Int))
     half = 0.5 if isinstance(setting, Int) else 0.0
     if setting.log:
         return value * math.log((setting.high + half) / (setting.low - half))

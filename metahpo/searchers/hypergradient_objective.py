@@ -154,10 +154,10 @@ class HypergradientObjective:
             every = -(-self.steps // len(self.schedule))
             rule, prefix = Scheduled(rule, self.schedule, every, learnable=False), prefix + RULE
         rule.to(self.val.x.device, next(iter(self.weights.values())).dtype)
-        sources: dict[str, list[str | None]] = {}
+        sources: dict[str, Sequence[str | None]] = {}
         for head in dict.fromkeys(head for head in heads.values() if head in own):
             names = [name for name in settings if heads[name] == head]
-            from_ = [_source(head, tensor, names) for tensor in self.weights] if by_layer else [*names]
+            from_ = [_source(head, tensor, names) for tensor in self.weights] if by_layer else names
             rows = [own[head] if name is None else values[name] for name in from_]
             hparams[prefix + head] = torch.stack(rows)[:, None] if by_layer else rows[0]
             sources[(prefix + head).removeprefix(RULE)] = from_

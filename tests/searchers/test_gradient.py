@@ -23,7 +23,7 @@ from metahpo.searchers import (
     Study,
 )
 from metahpo.searchers.descent import Descent
-from metahpo.searchers.gradient import CHAIN, stretch
+from metahpo.searchers.gradient import CHAIN, HOP, stretch
 from metahpo.testing import check_searcher
 
 WIDE = Space(x=Float(-5, 10), y=Float(-5, 10))
@@ -216,6 +216,22 @@ def test_a_crease_does_not_throw_the_descent_off():
         assert best(Space(x=Float(0, 1)), Gradient(starts=1), objective, 20, seed=seed) < 2e-3
 
 
+def test_when_a_chain_is_over_some_trials_are_draws_near_its_best():
+    space = Space(x=Float(-8, 12), y=Float(1, 100, log=True))
+
+    def objective(trial):
+        away = math.log(trial["y"] / 10)
+        return Outcome(trial["x"] ** 2 + away**2, {"x": 2 * trial["x"], "y": 2 * away / trial["y"]})
+
+    for share in (0.0, 0.25):
+        records = _records(space, Gradient(hops=share, radius=0.1), objective, 40)
+        hops = [r for r in records if HOP in r.notes]
+        assert len(hops) == 40 * share
+        assert all(np.linalg.norm(space.encode(r.settings) - [0.4, 0.5]) < 0.4 for r in hops)
+        # The others make new starts.
+        assert len({r.notes[CHAIN] for r in records}) > 3
+
+
 def test_trials_at_work_leave_their_chain_alone_and_others_go_on():
     space = Space(x=Float(0, 1))
     starts = [_seen(i, {"x": x}, x, {"x": 1.0}) for i, x in enumerate((0.5, 0.7, 0.9))]
@@ -284,6 +300,7 @@ def test_it_conforms_with_other_bases():
         ({"starts": 0}, "starts should be a whole number of at least 1, found 0"),
         ({"patience": 1.5}, "patience should be a whole number of at least 1, found 1.5"),
         ({"radius": 0.001}, "expected 0 < shortest < radius <= 0.5 (shares of each range), found shortest=0.004"),
+        ({"hops": 1}, "hops should be a share from 0 to below 1, found 1"),
         ({"base": "random"}, "base should be a searcher, found 'random'"),
     ],
 )
