@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from metahpo.errors import SearchError, did_you_mean
 from metahpo.searchers.acquisition import ACQUISITIONS, Cube, acquisition, key, maximised
 from metahpo.searchers.base import History, Searcher, initial
-from metahpo.searchers.gaussian_process import GaussianProcess, features, fit
+from metahpo.searchers.checks import above, at_least, one_of
+from metahpo.searchers.gaussian_process import NOISE, GaussianProcess, features, fit
 from metahpo.searchers.space import Settings, Space
 
 
@@ -21,20 +22,19 @@ class Bayesian(Searcher):
     acquisition: log_ei (the logarithm of the expected improvement, Ament et al. 2023), ucb (confidence bound, Srinivas
     et al. 2010), pi (probability of improvement) or batch_ei (qLogEI, which integrates over the trials at work; the
     others take these to give what the process expects). initial: trials at random before. beta: ucb's, how much an
-    uncertain place is worth.
+    uncertain place is worth. noise: how much of the losses' variance is expected to be luck, before any is seen; 0.01
+    is better for an objective that gives exact values.
     """
 
     acquisition: str = "log_ei"
     initial: int = 10
     beta: float = 2.0
+    noise: float = NOISE
 
     def check(self, space: Space) -> None:
-        if self.acquisition not in ACQUISITIONS:
-            raise SearchError(
-                f"acquisition: found {self.acquisition!r}; {did_you_mean(self.acquisition, ACQUISITIONS)}"
-            )
-        if self.initial < 2 or self.beta < 0:
-            raise SearchError(f"initial should be at least 2 and beta at least 0, found {self.initial} and {self.beta}")
+        one_of(self, acquisition=ACQUISITIONS)
+        at_least(self, initial=2)
+        above(self, beta=(0, math.inf), noise=(0, 1))
 
     def suggest(self, history: History, space: Space, rng: np.random.Generator) -> Settings:
         if (settings := initial(history, space, rng, self.initial)) is not None:
@@ -45,7 +45,7 @@ class Bayesian(Searcher):
         told = cube.snap(np.array([space.encode(o.settings) for o, _ in history.told]))
         values = transformed(np.array([loss for _, loss in history.told]), self.initial)
         inputs, owners = features(space, told)
-        found = fit(inputs, owners, values)
+        found = fit(inputs, owners, values, self.noise)
         gp, at_work = GaussianProcess(found, inputs, owners, values), None
         if history.pending:
             points = cube.snap(np.array([space.encode(o.settings) for o in history.pending]))

@@ -24,9 +24,13 @@ from metahpo.searchers.space import Space
 
 # Of the logarithms of lengthscales (in the unit cube), of the function's standard deviation and of the noise's (values
 # have deviation 1): where the search for the best begins, and what they are bounded by.
-START, NOISY = (0.0, 0.0, -1.5), -0.5
+START, NOISY = (0.3, 0.0, -1.0), -0.3
+# Mean and deviation of the logarithms of lengthscales.
+LENGTHSCALE = (0.3, 0.6)
 BOUNDS = ((-4.0, 4.0), (-3.0, 3.0), (-10.0, 1.0))
 JITTER = 1e-9
+# The share of noise in the values' variance that is expected by default.
+NOISE = 0.2
 
 
 def features(space: Space, points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -60,8 +64,10 @@ class Hyperparameters:
         return cls(np.exp(logarithms[:-2]), math.exp(logarithms[-2]), math.exp(logarithms[-1]), fit)
 
 
-def fit(inputs: np.ndarray, owners: np.ndarray, values: np.ndarray) -> Hyperparameters:
+def fit(inputs: np.ndarray, owners: np.ndarray, values: np.ndarray, noise: float = NOISE) -> Hyperparameters:
     """The most probable hyperparameters given values [N] at inputs [N, F].
+
+    noise: the share of noise in the values' variance that is expected before they are seen.
 
     The kernel is Matern 5/2 with a lengthscale for each setting; L-BFGS climbs from two starts, the second with more
     noise (Rasmussen and Williams 2006, section 5.4.1).
@@ -70,10 +76,16 @@ def fit(inputs: np.ndarray, owners: np.ndarray, values: np.ndarray) -> Hyperpara
     squares = np.stack([_squared_distances(inputs[:, owners == owner]) for owner in range(settings)])
     bounds = [BOUNDS[0]] * settings + list(BOUNDS[1:])
     best = None
-    for noise in (START[2], NOISY):
-        start = np.array([START[0]] * settings + [START[1], noise])
+    for level in (START[2], NOISY):
+        start = np.array([START[0]] * settings + [START[1], level])
         found = minimize(
-            negative_log_posterior, start, (squares, values), "L-BFGS-B", True, bounds=bounds, options={"maxiter": 50}
+            negative_log_posterior,
+            start,
+            (squares, values, noise),
+            "L-BFGS-B",
+            True,
+            bounds=bounds,
+            options={"maxiter": 50},
         )
         if best is None or found.fun < best.fun:
             best = found
@@ -81,7 +93,9 @@ def fit(inputs: np.ndarray, owners: np.ndarray, values: np.ndarray) -> Hyperpara
     return Hyperparameters.of(best.x, float(best.fun))
 
 
-def negative_log_posterior(logarithms: np.ndarray, squares: np.ndarray, values: np.ndarray) -> tuple[float, np.ndarray]:
+def negative_log_posterior(
+    logarithms: np.ndarray, squares: np.ndarray, values: np.ndarray, expected_noise: float = NOISE
+) -> tuple[float, np.ndarray]:
     """Up to a constant, with its gradient in the logarithms [S + 2] of lengthscales, signal and noise.
 
     squares: squared distances [S, N, N] by setting. Equations 5.8 and 5.9 of Rasmussen and Williams.
@@ -110,21 +124,23 @@ def negative_log_posterior(logarithms: np.ndarray, squares: np.ndarray, values: 
         ]
     )
     value = 0.5 * values @ weights + np.log(np.diag(lower)).sum()
-    prior, slopes = log_prior(logarithms)
+    prior, slopes = log_prior(logarithms, expected_noise)
     return float(value - prior), gradient - slopes
 
 
-def log_prior(logarithms: np.ndarray) -> tuple[float, np.ndarray]:
+def log_prior(logarithms: np.ndarray, expected_noise: float) -> tuple[float, np.ndarray]:
     """Up to a constant, with its gradient: of the logarithms [S + 2] of lengthscales, signal and noise.
 
-    Wide ones: lengthscales are about equally likely from 0.3 to 3 and unlikely far beyond. The variances have gamma
-    distributions, the noise's about 0.07, which does not keep it from being next to nothing where values are exact.
+    Lengthscales have a log-normal distribution around 1.3, the variances gamma distributions, the noise's
+    with its peak at ``expected_noise``: a process that took the noise of few trials for the function would learn
+    nothing. It does not keep the noise from being next to nothing where many values are exact.
     """
-    squares = np.exp(2 * logarithms)
-    lengths, signal, noise = squares[:-2], squares[-2], squares[-1]
-    value = -0.1 * (lengths + 1 / lengths).sum() + np.log(signal) - signal + 1.1 * np.log(noise) - 30 * noise
-    slopes = [-0.2 * (lengths - 1 / lengths), [2 - 2 * signal, 2.2 - 60 * noise]]
-    return float(value), np.concatenate(slopes)
+    lengths, variances = logarithms[:-2], np.exp(2 * logarithms[-2:])
+    away = (lengths - LENGTHSCALE[0]) / LENGTHSCALE[1]
+    signal, noise = variances
+    rate = 2 / expected_noise
+    value = -0.5 * away @ away + np.log(signal) - signal + 2 * np.log(noise) - rate * noise
+    return float(value), np.concatenate([-away / LENGTHSCALE[1], [2 - 2 * signal, 4 - 2 * rate * noise]])
 
 
 def _squared_distances(inputs: np.ndarray) -> np.ndarray:

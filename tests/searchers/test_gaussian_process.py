@@ -76,8 +76,10 @@ def test_the_posterior_density_is_gpytorchs_with_the_priors(observed, seed):
     for logarithms in points:
         gp = reference(logarithms, inputs, owners, values).train()
         likelihood = ExactMarginalLogLikelihood(gp.likelihood, gp)(gp(*gp.train_inputs), gp.train_targets)
-        lengths, signal, noise = np.exp(2 * logarithms[:-2]), *np.exp(2 * logarithms[-2:])
-        prior = -0.1 * (lengths + 1 / lengths).sum() + gamma.logpdf(signal, 2) + gamma.logpdf(noise, 2.1, scale=1 / 30)
+        signal, noise = np.exp(2 * logarithms[-2:])
+        prior = (
+            norm.logpdf(logarithms[:-2], 0.3, 0.6).sum() + gamma.logpdf(signal, 2) + gamma.logpdf(noise, 3, scale=0.1)
+        )
         found.append(-float(likelihood.detach()) * len(values) - prior)
     ours = [negative_log_posterior(p, squares(inputs, owners), values)[0] for p in points]
     # Each is so up to a constant.
