@@ -9,6 +9,9 @@ import torch
 
 from metahpo.learners import Phase
 from metahpo.nets import Conv4
+from metahpo.search_building import build_search
+from metahpo.search_config import load_search
+from metahpo.searchers import Bayesian, Study
 from metahpo.tasks import Episodes
 from metahpo.tasks.glyphs import load_glyphs
 from metahpo.training.engines import ENGINES
@@ -22,7 +25,7 @@ def blocks() -> list[str]:
 
 
 def test_training_ones_own_net_and_the_learners_of_ones_own():
-    first, _, _, second, third = blocks()
+    first, _, _, _, second, third = blocks()
     quick = first.replace("epochs=5, iterations=50", "epochs=2, iterations=3, val_tasks=8").replace(
         "test, 600", "test, 8"
     )
@@ -67,8 +70,29 @@ def test_rates_of_ones_own_net_and_hypergradients(capsys):
     assert len([line for line in rates.splitlines() if line.strip() and not line.startswith(("import", "from"))]) <= 10
 
 
+def test_the_search_runs_and_goes_on(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    search = blocks()[3]
+    quick = search.replace("trials=30, workers=2", "trials=13")
+    assert quick != search
+    for _ in range(2):
+        exec(quick, {})
+    first, again = capsys.readouterr().out.splitlines()
+    assert first == again
+    with Study.open("runs/mine/study.db") as study:
+        assert len(study.trials) == 13
+
+
+def test_the_config_of_the_search_is_one(tmp_path):
+    text = re.findall(r"```yaml\n(.*?)```", README, re.DOTALL)[0]
+    path = tmp_path / "search.yaml"
+    path.write_text(text.replace("../quick.yaml", str(ROOT / "configs/glyphs_5way_1shot/quick.yaml")))
+    search = build_search(load_search(path), str(path))
+    assert len(search.space) == 4 and search.searcher.base == Bayesian()
+
+
 def test_the_learner_takes_twenty_lines():
-    assert len([line for line in blocks()[3].splitlines() if line.strip()]) <= 20
+    assert len([line for line in blocks()[4].splitlines() if line.strip()]) <= 20
 
 
 def test_every_path_that_it_names_exists():
