@@ -7,17 +7,17 @@ from collections.abc import Callable, Collection
 
 import numpy as np
 import torch
-from botorch.acquisition import (
+
+from metahpo.searchers.botorch_parts import (
     AcquisitionFunction,
+    BotorchWarning,
     LogExpectedImprovement,
+    Model,
     ProbabilityOfImprovement,
+    SobolQMCNormalSampler,
     UpperConfidenceBound,
     qLogExpectedImprovement,
 )
-from botorch.exceptions.warnings import BotorchWarning
-from botorch.models.model import Model
-from botorch.sampling import SobolQMCNormalSampler
-
 from metahpo.searchers.settings import Choice
 from metahpo.searchers.space import Space
 

@@ -12,13 +12,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from botorch.models.model import Model
-from botorch.posteriors import GPyTorchPosterior
-from gpytorch.distributions import MultivariateNormal
 from scipy.linalg import solve_triangular
 from scipy.optimize import minimize
 from torch import Tensor
 
+from metahpo.searchers.botorch_parts import GPyTorchPosterior, Model, MultivariateNormal
 from metahpo.searchers.settings import Choice
 from metahpo.searchers.space import Space
 

@@ -162,12 +162,13 @@ def _reach(address: str | None) -> None:
 def _on_loopback(ray: Any) -> Iterator[None]:
     """What starts inside listens on the loopback interface alone, and sends nobody statistics.
 
-    Ray has no other switch for it, and its processes and this one must agree. An own wish about statistics is kept.
+    Ray has no other switch for it, and its processes and this one must agree.
     """
     constants = ray._private.ray_constants
     before, name = constants.ENABLE_RAY_CLUSTER, constants.ENABLE_RAY_CLUSTERS_ENV_VAR
-    environment = {name: "0", "RAY_USAGE_STATS_ENABLED": os.environ.get("RAY_USAGE_STATS_ENABLED", "0")}
-    with patch.dict(os.environ, environment):
+    # The time is for machines with much else to do. Who has set these has a reason.
+    wishes = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_raylet_start_wait_time_s": "120"}
+    with patch.dict(os.environ, {**wishes, **os.environ, name: "0"}):
         constants.ENABLE_RAY_CLUSTER = False
         try:
             yield
