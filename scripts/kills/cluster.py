@@ -26,11 +26,16 @@ def cluster() -> Iterator[str]:
         port = probe.getsockname()[1]
     command = [shutil.which("ray") or str(Path(sys.executable).with_name("ray")), "start", "--head", "--block"]
     command += [f"--port={port}", "--num-cpus=2", "--include-dashboard=false", "--disable-usage-stats"]
-    environment = {**os.environ, **LOOPBACK}
-    with tempfile.TemporaryFile() as out:
+    # The time is for machines with much else to do.
+    environment = {"RAY_raylet_start_wait_time_s": "120", **os.environ, **LOOPBACK}
+    with tempfile.NamedTemporaryFile("w+") as out:
         head = subprocess.Popen(command, env=environment, stdout=out, stderr=out, start_new_session=True)
         try:
-            wait_for_port(port, head)
+            # The port is open before there is a machine behind it.
+            while "Ray runtime started" not in Path(out.name).read_text():
+                if head.poll() is not None:
+                    raise SystemExit(f"the Ray cluster did not start:\n{Path(out.name).read_text()[-2000:]}")
+                time.sleep(0.2)
             yield f"127.0.0.1:{port}"
         finally:
             head.terminate()
@@ -39,12 +44,3 @@ def cluster() -> Iterator[str]:
             except subprocess.TimeoutExpired:
                 os.killpg(head.pid, signal.SIGKILL)
                 head.wait()
-
-
-def wait_for_port(port: int, process: subprocess.Popen) -> None:
-    while process.poll() is None:
-        with socket.socket() as probe:
-            if probe.connect_ex(("127.0.0.1", port)) == 0:
-                return
-        time.sleep(0.2)
-    raise SystemExit("the Ray cluster did not start")

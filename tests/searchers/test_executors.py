@@ -119,7 +119,9 @@ def test_trials_of_all_kinds_in_two_processes(tmp_path):
 
 
 PROGRAM = """
-import os, sys, time
+import os, signal, sys, time
+# A shell's background job, and so these tests in one, is started with Ctrl-C ignored.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 from metahpo.searchers import *
 from metahpo.training.interrupts import Interrupted, Interrupts
 
