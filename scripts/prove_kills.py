@@ -24,15 +24,14 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, nullcontext
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import torch
 
 from kills import coordinator
-from kills.cluster import LOOPBACK, cluster
+from kills.cluster import cluster
 from metahpo.searchers import Study
 from metahpo.training.environment import versions
 
@@ -58,8 +57,8 @@ def main() -> int:
         rows = [figures(calm, "undisturbed", options, started)]
         killed.mkdir()
         started = time.perf_counter()
-        with cluster() if options.executor == "ray" else nothing() as address:
-            kills = kill(killed, options, address)
+        with cluster() if options.executor == "ray" else nullcontext({}) as environment:
+            kills = kill(killed, options, environment)
         rows.append({**kills, **figures(killed, options.executor, options, started)})
     promises = judged(*rows, options)
     for name, kept in promises.items():
@@ -70,10 +69,10 @@ def main() -> int:
     return 0 if all(promises.values()) else 1
 
 
-def kill(folder: Path, options: argparse.Namespace, address: str | None) -> dict:
+def kill(folder: Path, options: argparse.Namespace, environment: dict[str, str]) -> dict:
     """The search with kills, to its end; how many there were, and after how many the study could not be read."""
     moments, killed, unreadable = random.Random(options.seed), Counter(worker=0, coordinator=0), 0
-    started, process = time.perf_counter(), start(folder, options, address)
+    started, process = time.perf_counter(), start(folder, options, environment)
     while True:
         left = options.kills - sum(killed.values())
         # From before a search is at work to well into it.
@@ -93,7 +92,7 @@ def kill(folder: Path, options: argparse.Namespace, address: str | None) -> dict
             process.kill()
             process.join()
             (folder / "begun").unlink()
-            process = start(folder, options, address)
+            process = start(folder, options, environment)
         killed[what] += 1
         unreadable += not readable(folder / "study.db")
         print(f"{time.perf_counter() - started:5.1f} s  killed the {what}", flush=True)
@@ -149,24 +148,24 @@ def judged(calm: dict, killed: dict, options: argparse.Namespace) -> dict[str, b
     }
 
 
-def start(folder: Path, options: argparse.Namespace, address: str | None) -> BaseProcess:
+def start(folder: Path, options: argparse.Namespace, environment: dict[str, str]) -> BaseProcess:
     """A coordinator in a process of its own: a fork of one that has imported all, for that takes seconds."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["metahpo.searchers"])
     process = context.Process(
-        target=coordinate, args=(folder, options.trials, options.steps, options.executor, address)
+        target=coordinate, args=(folder, options.trials, options.steps, options.executor, environment)
     )
     process.start()
     return process
 
 
-def coordinate(folder: Path, *arguments: object) -> None:
+def coordinate(folder: Path, trials: int, steps: int, executor: str, environment: dict[str, str]) -> None:
     """What that process does."""
     log = os.open(folder / "coordinator.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(log, 1)
     os.dup2(log, 2)
-    os.environ.update(LOOPBACK)
-    coordinator.search(folder, *arguments)  # type: ignore[arg-type]
+    os.environ.update(environment)
+    coordinator.search(folder, trials, steps, executor)
 
 
 def workers(folder: Path) -> set[int]:
@@ -193,11 +192,6 @@ def readable(path: Path) -> bool:
         whole = database.execute("PRAGMA integrity_check").fetchone() == ("ok",)
     Study.open(path).close()
     return whole
-
-
-@contextmanager
-def nothing() -> Iterator[None]:
-    yield None
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 import shutil
 import signal
 import socket
@@ -14,29 +15,36 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-# With it in its environment a process of Ray listens on the loopback interface alone.
-LOOPBACK = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
-
 
 @contextmanager
-def cluster() -> Iterator[str]:
-    """A Ray cluster on this machine that outlives its coordinators; its address."""
+def cluster() -> Iterator[dict[str, str]]:
+    """A Ray cluster on this machine that outlives its coordinators; the environment of who is to find it."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     command = [shutil.which("ray") or str(Path(sys.executable).with_name("ray")), "start", "--head", "--block"]
     command += [f"--port={port}", "--num-cpus=2", "--include-dashboard=false", "--disable-usage-stats"]
-    # The time is for machines with much else to do.
-    environment = {"RAY_raylet_start_wait_time_s": "120", **os.environ, **LOOPBACK}
+    environment = {
+        "RAY_ADDRESS": f"127.0.0.1:{port}",
+        # On the loopback interface alone, and there for those alone who have its token.
+        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN": secrets.token_hex(32),
+        # For machines with much else to do.
+        "RAY_raylet_start_wait_time_s": "120",
+    }
     with tempfile.NamedTemporaryFile("w+") as out:
-        head = subprocess.Popen(command, env=environment, stdout=out, stderr=out, start_new_session=True)
+        # A head has no other one's address.
+        own = {**os.environ, **environment}
+        del own["RAY_ADDRESS"]
+        head = subprocess.Popen(command, env=own, stdout=out, stderr=out, start_new_session=True)
         try:
             # The port is open before there is a machine behind it.
             while "Ray runtime started" not in Path(out.name).read_text():
                 if head.poll() is not None:
                     raise SystemExit(f"the Ray cluster did not start:\n{Path(out.name).read_text()[-2000:]}")
                 time.sleep(0.2)
-            yield f"127.0.0.1:{port}"
+            yield environment
         finally:
             head.terminate()
             try:

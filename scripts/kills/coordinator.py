@@ -77,11 +77,11 @@ def born(pid: int) -> str | None:
     return None if state in "ZX" else rest[18]
 
 
-def search(folder: Path, trials: int, steps: int, executor: str, address: str | None = None) -> None:
+def search(folder: Path, trials: int, steps: int, executor: str) -> None:
     """The search with two workers, begun or gone on with; executor "serial": the same with one trial at a time."""
     workers: Executor = Serial()
     if executor != "serial":
-        workers = Ray(2, threads=1, address=address) if executor == "ray" else Processes(2, threads=1)
+        workers = Ray(2, threads=1, address="auto") if executor == "ray" else Processes(2, threads=1)
     with Study(SPACE, Descent(), folder / "study.db", seed=7, parallel=2) as study:
         (folder / "begun").touch()
         # Kills are not the trials' fault here: none is given up.

@@ -82,7 +82,8 @@ class Ray(Executor):
             with alone:
                 self._ray.init(**options)
         except Exception as error:
-            raise SearchError(f"executor ray: {where}: {one_line(error)}") from error
+            token = "; it wants a token: set RAY_AUTH_MODE=token" if "InvalidAuthToken" in str(error.__cause__) else ""
+            raise SearchError(f"executor ray: {where}: {one_line(error)}{token}") from error
 
     def _check_resources(self) -> None:
         # An actor that finds no room would be waited for without an end.
