@@ -22,9 +22,9 @@ from metahpo.searchers.quasi_random import QuasiRandom as QuasiRandom
 from metahpo.searchers.random import Random as Random
 from metahpo.searchers.records import TrialRecord as TrialRecord
 from metahpo.searchers.regularized_evolution import RegularizedEvolution as RegularizedEvolution
-from metahpo.searchers.space import Choice as Choice
-from metahpo.searchers.space import Float as Float
-from metahpo.searchers.space import Int as Int
+from metahpo.searchers.settings import Choice as Choice
+from metahpo.searchers.settings import Float as Float
+from metahpo.searchers.settings import Int as Int
 from metahpo.searchers.space import Space as Space
 from metahpo.searchers.study import Study as Study
 from metahpo.searchers.successive_halving import SuccessiveHalving as SuccessiveHalving

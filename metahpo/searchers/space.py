@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from metahpo.errors import SearchError, did_you_mean
-from metahpo.searchers.settings import Choice, Float, Int, Setting, same, setting_of
+from metahpo.searchers.settings import Float, Setting, same, setting_of
 
 Settings = dict[str, Any]
 
@@ -185,23 +185,6 @@ class Space:
             if not ready:
                 raise SearchError(f"space.{left[0]}: when goes round in a circle")
             self._order.append(ready[0])
-
-
-def numeric(setting: Setting) -> bool:
-    """Whether the setting's values have an order."""
-    return isinstance(setting, (Float, Int))
-
-
-def one_hot(space: Space, points: np.ndarray) -> np.ndarray:
-    """Points [N, D] of the unit cube with a column for each option of a Choice: [N, D'] (inactive ones as encoded)."""
-    columns = []
-    for setting, column in zip(space.settings.values(), points.T):
-        if isinstance(setting, Choice):
-            index = np.minimum((column * len(setting.options)).astype(int), len(setting.options) - 1)
-            columns += list(np.eye(len(setting.options))[index].T)
-        else:
-            columns.append(column)
-    return np.stack(columns, axis=1)
 
 
 def key(settings: Mapping[str, Any]) -> str:

@@ -9,8 +9,8 @@ import yaml
 from scipy import stats
 
 from metahpo.errors import SearchError
+from metahpo.searchers import Choice, Float, Int, Space
 from metahpo.searchers.settings import same
-from metahpo.searchers.space import Choice, Float, Int, Space
 
 SPACE = Space(
     {
