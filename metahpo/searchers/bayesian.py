@@ -75,5 +75,8 @@ def transformed(losses: np.ndarray, first: int) -> np.ndarray:
     the later ones crowd where it is good.
     """
     middle, best = np.median(losses[:first]), losses.min()
-    cut = np.minimum(losses, middle + 2 * (middle - best))
+    # Where half of the first are as good as the best nothing says how far is too far.
+    cut = np.minimum(losses, middle + 2 * (middle - best)) if middle > best else losses
+    # By a power of two, which changes no digit: the squares of huge losses are not finite.
+    cut = np.ldexp(cut, -np.frexp(np.abs(cut).max())[1])
     return -(cut - cut.mean()) / max(cut.std(), 1e-12)

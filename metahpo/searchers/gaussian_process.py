@@ -163,11 +163,9 @@ class GaussianProcess(Model):
         covariance = self._kernel(self._inputs, self._inputs)
         covariance.diagonal()[: len(inputs) - exact].add_(found.noise**2)
         covariance.diagonal().add_(JITTER)
-        self._lower = torch.linalg.cholesky(covariance)
+        lower = torch.linalg.cholesky(covariance)
         # Products with it are many times quicker than solving for a few points at a time.
-        self._half = torch.linalg.solve_triangular(
-            self._lower, torch.eye(len(inputs), dtype=torch.float64), upper=False
-        )
+        self._half = torch.linalg.solve_triangular(lower, torch.eye(len(inputs), dtype=torch.float64), upper=False)
         self._weights = self._half.T @ (self._half @ torch.as_tensor(values))
 
     @property

@@ -71,6 +71,17 @@ def test_values_are_cut_off_where_they_are_bad_however_many_are_good():
     assert transformed(np.ones(4), 2).tolist() == [0.0] * 4
 
 
+def test_where_half_of_the_first_are_equally_good_the_others_still_differ():
+    values = transformed(np.array([1.0, 1.0, 1.0, 2.0, 3.0]), 5)
+    assert values[0] == values[2] > values[3] > values[4]
+
+
+def test_huge_losses_are_as_good_as_small_ones():
+    losses = np.array([3.0, 1.0, 7.0, 2.0, 2.5])
+    with np.errstate(all="raise"):
+        assert transformed(losses * 2.0**1000, 5).tolist() == transformed(losses, 5).tolist()
+
+
 def test_a_space_with_few_settings_is_tried_whole_then_goes_on():
     space = Space(a=Int(1, 3), b=Choice(True, False))
     study = Study(space, Bayesian(initial=2))
