@@ -107,9 +107,7 @@ class MultiFidelity(Searcher):
 
 def promoted(observation: Observation, budget: float, rung: int) -> Proposal:
     """The trial that goes on from another one."""
-    # Those of the objective are not kept: they tell of the other trial.
-    notes = {key: value for key, value in observation.notes.items() if key in ("bracket", "base")}
-    return Proposal(dict(observation.settings), budget, observation.number, {**notes, "rung": rung})
+    return Proposal(dict(observation.settings), budget, observation.number, {**observation.notes, "rung": rung})
 
 
 def by_rung(observations: Sequence[Observation], rungs: int) -> list[list[Observation]]:

@@ -154,10 +154,11 @@ class Study:
     def _observation(self, record: TrialRecord, pending: bool = False) -> Observation:
         about = record.number, record.settings
         whence = record.budget, record.parent
+        # Not what the objective noted, which may go by the same name.
         if pending or record.state == "running":
             return Observation(*about, "pending", None, *whence, record.proposed)
         gradients = {name: self._signs()[0] * value for name, value in record.gradients.items()}
-        return Observation(*about, record.state, self._losses(record), *whence, record.notes, gradients)
+        return Observation(*about, record.state, self._losses(record), *whence, record.proposed, gradients)
 
     def _signs(self) -> list[float]:
         return [-1.0 if direction == "maximize" else 1.0 for direction in self.directions]
