@@ -6,12 +6,22 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
-from pydantic import Discriminator, Field, Tag, field_validator
+from pydantic import BeforeValidator, Discriminator, Field, Tag, field_validator
 
 from metahpo.training.settings import InnerGradientName, RematName, Settings, TrainingSettings
 
 # Where a name may be the user's own code, MODULE:ATTRIBUTE, found from the working directory.
 CustomName = Annotated[str, Field(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")]
+
+
+def _named(value: Any) -> Any:
+    if value == "":
+        raise ValueError("should be a path or null")
+    return value
+
+
+# Where a run is kept.
+RunDir = Annotated[Path | None, BeforeValidator(_named), Field(description="null: runs/CONFIG/DATE-TIME")]
 
 
 class EpisodeSettings(Settings):
@@ -179,19 +189,12 @@ class RunConfig(Settings):
     net: Net
     learner: Learner
     training: TrainingSettings = TrainingSettings()
-    run_dir: Path | None = Field(default=None, description="null: runs/CONFIG/DATE-TIME")
+    run_dir: RunDir = None
 
     @field_validator("training", mode="before")
     @classmethod
     def _empty_section(cls, value: Any) -> Any:
         return {} if value is None else value
-
-    @field_validator("run_dir", mode="before")
-    @classmethod
-    def _named(cls, value: Any) -> Any:
-        if value == "":
-            raise ValueError("should be a path or null")
-        return value
 
 
 class Schema(NamedTuple):

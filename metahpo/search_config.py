@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, Tag, field_validator
+from pydantic import Field, Tag
 
-from metahpo.config import CustomName, Schema, tag
+from metahpo.config import CustomName, RunDir, Schema, tag
 from metahpo.config_file import apply_override, parse_override, read_tree, validate
 from metahpo.errors import ConfigError
 from metahpo.searchers.run_settings import with_settings
@@ -90,14 +90,7 @@ class SearchConfig(Settings):
     searcher: dict[str, Any] = Field(default={"name": "random"}, description="a name, or {name: ..., options}")
     objective: Objective = TrainingObjectiveSettings(name="training")
     search: SearchSettings = SearchSettings()
-    run_dir: Path | None = Field(default=None, description="null: runs/CONFIG/DATE-TIME")
-
-    @field_validator("run_dir", mode="before")
-    @classmethod
-    def _named(cls, value: Any) -> Any:
-        if value == "":
-            raise ValueError("should be a path or null")
-        return value
+    run_dir: RunDir = None
 
 
 SEARCH = Schema(SearchConfig, {"objective": OBJECTIVES}, {"search": SearchSettings})

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, Tag, create_model
 
-from metahpo.config import Conv4Settings, CustomName, CustomNet, MLPSettings, ResNet12Settings, Schema, tag
+from metahpo.config import Conv4Settings, CustomName, CustomNet, MLPSettings, ResNet12Settings, RunDir, Schema, tag
 from metahpo.training.settings import DeviceName, Settings
 from metahpo.tuning.distillation_settings import DistillationSettings
 from metahpo.tuning.rates import RatesSettings
@@ -101,7 +101,7 @@ class TuneConfig(Settings):
     data: _union("data", "source")  # type: ignore[valid-type]
     net: _union("net", "name")  # type: ignore[valid-type]
     device: DeviceName = "auto"
-    run_dir: Path | None = Field(default=None, description="null: runs/CONFIG/DATE-TIME")
+    run_dir: RunDir = None
 
 
 # The settings of each kind, under its config's key "tune".
