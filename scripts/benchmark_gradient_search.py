@@ -21,7 +21,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 import optuna
@@ -29,6 +29,7 @@ import torch
 import torch.nn.functional as F
 from scipy.stats import wilcoxon
 
+from inner_loop.command import Parser
 from inner_loop.machine import machine
 from metahpo.errors import NonFiniteError
 from metahpo.inner import SGD
@@ -122,11 +123,6 @@ class Run:
     @property
     def best(self) -> Observation:
         return min((o for o in self.trials if o.loss is not None), key=lambda o: o.loss or 0.0)
-
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {message}\n")
 
 
 def main() -> int:

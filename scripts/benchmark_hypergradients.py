@@ -16,20 +16,16 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 
 from hypergradients.cases import CASES, NETS, REFERENCE, in_a_process, measure
+from inner_loop.command import Parser
 from inner_loop.machine import machine
 
 COLUMNS = ("net", "strategy", "steps", "s", "cpu s", "peak MB", "error", "note")
 EXACT = "Unroll(Mixed(), Sqrt())"
-
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {message}\n")
 
 
 def main() -> int:

@@ -14,10 +14,11 @@ import os
 import statistics
 import sys
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 
+from inner_loop.command import Parser
 from inner_loop.contenders import KINDS, Contender, make
 from inner_loop.machine import machine
 from inner_loop.measure import idle_share, in_float64, in_turn, peak_memory, relative_error
@@ -29,11 +30,6 @@ FLOAT32_BOUND, FLOAT64_BOUND = 1e-5, 1e-10
 # Each compiles or records for longer than --quick may last.
 SLOW_TO_COMPILE = {"graph": set(SPECS), "jax": set(SPECS) - {"mlp"}, "trace": set(SPECS) - {"mlp"}}
 COLUMNS = ("name", "kind", "median s", "min s", "/ fastest peer", "/ plain_loop", "tasks/s", "peak MB", "error")
-
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {message}\n")
 
 
 def main() -> int:

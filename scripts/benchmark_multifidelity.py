@@ -23,11 +23,12 @@ import tempfile
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from statistics import mean, median, stdev
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from scipy.stats import t as student
 
+from inner_loop.command import Parser
 from inner_loop.machine import machine
 from metahpo.errors import SearchError
 from multifidelity.race import (
@@ -45,11 +46,6 @@ from multifidelity.race import (
 
 Row = dict[str, Any]
 COLUMNS = ("searcher", "seed", "trials", "epochs", "accuracy", "test", "epochs to reach random's")
-
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {message}\n")
 
 
 def main() -> int:

