@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib import import_module
 from typing import Any, TypeVar
 
 import torch
@@ -174,6 +175,9 @@ def process_group() -> Iterator[Ranks]:
     if not torchrun.launched() or not dist.is_available() or dist.is_initialized():
         yield current()
         return
+    # Imported later (by any torch.optim), this would keep the group as a default argument: its threads would outlive the
+    # block, and one that is busy as Python ends aborts the process.
+    import_module("torch.distributed.nn")
     cuda = torch.cuda.is_available()
     if cuda and (local := torchrun.local_rank() or 0) < torch.cuda.device_count():
         torch.cuda.set_device(local)

@@ -26,4 +26,6 @@ if __name__ == "__main__":
     cli._write_report = lambda *_: None
     with process_group():
         results = [run(arguments) for arguments in json.loads(Path(sys.argv[1]).read_text())]
+    threads = {task.read_text().strip() for task in Path("/proc/self/task").glob("*/comm")}
+    assert not any("gloo" in thread for thread in threads), f"threads of the process group are left: {threads}"
     Path(f"{torchrun.rank()}.json").write_text(json.dumps(results))
