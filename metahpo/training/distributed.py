@@ -175,8 +175,8 @@ def process_group() -> Iterator[Ranks]:
     if not torchrun.launched() or not dist.is_available() or dist.is_initialized():
         yield current()
         return
-    # Imported later (by any torch.optim), this would keep the group as a default argument: its threads would outlive the
-    # block, and one that is busy as Python ends aborts the process.
+    # Imported later (by any torch.optim), this would keep the group as a default argument: its threads would outlive
+    # the block, and one that is busy as Python ends aborts the process.
     import_module("torch.distributed.nn")
     cuda = torch.cuda.is_available()
     if cuda and (local := torchrun.local_rank() or 0) < torch.cuda.device_count():
