@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,31 +11,21 @@ import torch.nn.functional as F
 from torch import nn
 
 from metahpo import torchrun
-from metahpo.config import (
-    CustomLearner,
-    CustomNet,
-    CustomTasks,
-    FolderSettings,
-    GlyphsSettings,
-    MAMLSettings,
-    OmniglotSettings,
-    RunConfig,
-    SinusoidSettings,
-)
-from metahpo.custom import brief, call, check_learner, check_source, reason
+from metahpo.building_data import SPLITS, build_tasks, load_images
+from metahpo.config import CustomNet, RunConfig
+from metahpo.config_data import OmniglotSettings
+from metahpo.config_learners import CustomLearner, MAMLSettings
+from metahpo.custom import brief, call, check_learner, reason
 from metahpo.errors import CheckpointError, ConfigError, NetError, did_you_mean
 from metahpo.inner import Mixed, Reverse, named_remat
 from metahpo.learners import MAML, MAMLPlusPlus, MetaLearner
 from metahpo.nets import MLP, Conv4, ResidualMLP, ResNet12, SmallResNet
-from metahpo.tasks import Episodes, LabelledImages, Sinusoid, Task, TaskSource
+from metahpo.tasks import LabelledImages, Task, TaskSource
 from metahpo.training.checkpoint import CheckpointStore
 from metahpo.training.distributed import current
 from metahpo.training.environment import seeded
 from metahpo.training.settings import TrainingSettings
 from metahpo.training.trainer import Trainer
-
-SPLITS = ("train", "val", "test")
-
 
 NETS: dict[str, type[nn.Module]] = {
     "mlp": MLP,
@@ -45,63 +34,6 @@ NETS: dict[str, type[nn.Module]] = {
     "resnet12": ResNet12,
     "small_resnet": SmallResNet,
 }
-
-
-def build_tasks(
-    config: RunConfig, splits: tuple[str, ...] = SPLITS, images: LabelledImages | None = None
-) -> dict[str, TaskSource]:
-    """The task source of each split; data which cannot serve is refused before any work.
-
-    Your own source is tried with the first task and the last one that the config asks of it. images: those to draw
-    from in place of the config's.
-    """
-    data, settings, seed = config.data, config.training, config.training.seed
-    check_device(settings)
-    if isinstance(data, CustomTasks):
-        if taken := sorted({"split", "seed"} & set(data.args)):
-            raise ConfigError(f"data.args.{taken[0]}: metahpo itself passes {taken[0]} to {data.source}; take it out")
-        sources = {
-            split: call(data.source, "data.source", {"split": split, "seed": seed, **data.args}) for split in splits
-        }
-        counts = {"train": settings.epochs * settings.iterations * settings.tasks}
-        counts |= {"val": settings.val_tasks, "test": settings.test_tasks}
-        for split, source in sources.items():
-            check_source(source, f"data.source {data.source}, split {split!r}", counts[split])
-        return sources
-    queries = {s: data.queries if s == "train" or data.eval_queries is None else data.eval_queries for s in splits}
-    if isinstance(data, SinusoidSettings):
-        return {s: Sinusoid(s, shots=data.shots, queries=queries[s], seed=seed) for s in splits}
-    images, rotate = images or load_images(config.data), getattr(data, "rotate", False)
-    images = replace(images, images=images.images.to(settings.torch_device()))
-    return {
-        split: Episodes(
-            images,
-            split,
-            ways=data.ways,
-            shots=data.shots,
-            queries=queries[split],
-            seed=seed,
-            rotate=rotate and split == "train",
-        )
-        for split in splits
-    }
-
-
-def load_images(data: Any) -> LabelledImages:
-    """The images that a config's section ``data`` names."""
-    if isinstance(data, GlyphsSettings):
-        from metahpo.tasks.glyphs import load_glyphs
-
-        return load_glyphs()
-    if isinstance(data, OmniglotSettings):
-        from metahpo.tasks.omniglot import load_omniglot
-
-        return load_omniglot(data.root, split=data.split, download=data.download)
-    if isinstance(data, FolderSettings):
-        from metahpo.tasks.images import load_image_folder
-
-        return load_image_folder(data.root, size=data.size, channels=data.channels)
-    raise ConfigError(f"data.source {data.source!r} holds no images")
 
 
 def build_learner(config: RunConfig, example: Task) -> MetaLearner:
@@ -216,18 +148,6 @@ def resume_trainer(
 def _outputs(example: Task) -> int:
     y = example.support_y
     return y.shape[-1] if y.is_floating_point() else int(max(y.max(), example.query_y.max())) + 1
-
-
-def check_device(settings: TrainingSettings) -> None:
-    """Raises ConfigError if this machine cannot compute on the settings' device."""
-    if settings.torch_device().type == "cuda" and ":" in settings.device and current().size > 1:
-        raise ConfigError(
-            f"training.device: found {settings.device!r}, expected auto or cuda: each rank takes a GPU of its own"
-        )
-    try:
-        torch.ones(1, device=settings.torch_device()).item()
-    except Exception as error:
-        raise ConfigError(f"training.device: {settings.device!r} cannot be used here: {reason(error)}") from error
 
 
 def check_optimizer(settings: TrainingSettings, learner: MetaLearner) -> None:

@@ -232,7 +232,8 @@ def _evaluate(options: argparse.Namespace) -> int:
 
 
 def _report(options: argparse.Namespace) -> int:
-    from metahpo.building import build_learner, build_tasks
+    from metahpo.building import build_learner
+    from metahpo.building_data import build_tasks
     from metahpo.config_file import load_config
     from metahpo.training.ensemble import load_best
 
@@ -250,7 +251,8 @@ def _report(options: argparse.Namespace) -> int:
 
 
 def _test(config: Any, run_dir: Path, split: str, count: int, ranks: Any):
-    from metahpo.building import build_learner, build_tasks
+    from metahpo.building import build_learner
+    from metahpo.building_data import build_tasks
     from metahpo.training.checkpoint import write_atomically
     from metahpo.training.ensemble import evaluate_run
 

@@ -8,8 +8,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, Tag
 
-from metahpo.config import CustomName, RunDir, Schema, tag
+from metahpo.config import RunDir, Schema
 from metahpo.config_file import apply_override, parse_override, read_tree, validate
+from metahpo.config_union import CustomName, tag
 from metahpo.errors import ConfigError
 from metahpo.searchers.run_settings import with_settings
 from metahpo.training.settings import Settings

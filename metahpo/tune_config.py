@@ -7,7 +7,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, Tag, create_model
 
-from metahpo.config import Conv4Settings, CustomName, CustomNet, MLPSettings, ResNet12Settings, RunDir, Schema, tag
+from metahpo.config import Conv4Settings, CustomNet, MLPSettings, ResNet12Settings, RunDir, Schema
+from metahpo.config_union import CustomName, tag
 from metahpo.training.settings import DeviceName, Settings
 from metahpo.tuning.distillation_settings import DistillationSettings
 from metahpo.tuning.rates import RatesSettings

@@ -12,8 +12,9 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
-from metahpo.building import load_images
-from metahpo.config import CustomTasks, RunConfig, SinusoidSettings
+from metahpo.building_data import load_images
+from metahpo.config import RunConfig
+from metahpo.config_data import CustomTasks, SinusoidSettings
 from metahpo.config_file import load_config, validate
 from metahpo.errors import SearchError, did_you_mean
 from metahpo.searchers.outcome import Outcome

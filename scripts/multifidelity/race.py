@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from metahpo.building import build_learner, build_tasks
+from metahpo.building import build_learner
+from metahpo.building_data import build_tasks
 from metahpo.config_file import load_config
 from metahpo.searchers import (
     ASHA,

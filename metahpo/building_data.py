@@ -1,0 +1,87 @@
+"""From the section ``data`` of a config to its tasks."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from metahpo.config import RunConfig
+from metahpo.config_data import CustomTasks, FolderSettings, GlyphsSettings, OmniglotSettings, SinusoidSettings
+from metahpo.custom import call, check_source, reason
+from metahpo.errors import ConfigError
+from metahpo.tasks import Episodes, LabelledImages, Sinusoid, TaskSource
+from metahpo.training.distributed import current
+from metahpo.training.settings import TrainingSettings
+
+SPLITS = ("train", "val", "test")
+
+
+def build_tasks(
+    config: RunConfig, splits: tuple[str, ...] = SPLITS, images: LabelledImages | None = None
+) -> dict[str, TaskSource]:
+    """The task source of each split; data which cannot serve is refused before any work.
+
+    Your own source is tried with the first task and the last one that the config asks of it. images: those to draw
+    from in place of the config's.
+    """
+    data, settings, seed = config.data, config.training, config.training.seed
+    check_device(settings)
+    if isinstance(data, CustomTasks):
+        if taken := sorted({"split", "seed"} & set(data.args)):
+            raise ConfigError(f"data.args.{taken[0]}: metahpo itself passes {taken[0]} to {data.source}; take it out")
+        sources = {
+            split: call(data.source, "data.source", {"split": split, "seed": seed, **data.args}) for split in splits
+        }
+        counts = {"train": settings.epochs * settings.iterations * settings.tasks}
+        counts |= {"val": settings.val_tasks, "test": settings.test_tasks}
+        for split, source in sources.items():
+            check_source(source, f"data.source {data.source}, split {split!r}", counts[split])
+        return sources
+    queries = {s: data.queries if s == "train" or data.eval_queries is None else data.eval_queries for s in splits}
+    if isinstance(data, SinusoidSettings):
+        return {s: Sinusoid(s, shots=data.shots, queries=queries[s], seed=seed) for s in splits}
+    images, rotate = images or load_images(config.data), getattr(data, "rotate", False)
+    images = replace(images, images=images.images.to(settings.torch_device()))
+    return {
+        split: Episodes(
+            images,
+            split,
+            ways=data.ways,
+            shots=data.shots,
+            queries=queries[split],
+            seed=seed,
+            rotate=rotate and split == "train",
+        )
+        for split in splits
+    }
+
+
+def load_images(data: Any) -> LabelledImages:
+    """The images that a config's section ``data`` names."""
+    if isinstance(data, GlyphsSettings):
+        from metahpo.tasks.glyphs import load_glyphs
+
+        return load_glyphs()
+    if isinstance(data, OmniglotSettings):
+        from metahpo.tasks.omniglot import load_omniglot
+
+        return load_omniglot(data.root, split=data.split, download=data.download)
+    if isinstance(data, FolderSettings):
+        from metahpo.tasks.images import load_image_folder
+
+        return load_image_folder(data.root, size=data.size, channels=data.channels)
+    raise ConfigError(f"data.source {data.source!r} holds no images")
+
+
+def check_device(settings: TrainingSettings) -> None:
+    """Raises ConfigError if this machine cannot compute on the settings' device."""
+    if settings.torch_device().type == "cuda" and ":" in settings.device and current().size > 1:
+        raise ConfigError(
+            f"training.device: found {settings.device!r}, expected auto or cuda: each rank takes a GPU of its own"
+        )
+    try:
+        torch.ones(1, device=settings.torch_device()).item()
+    except Exception as error:
+        raise ConfigError(f"training.device: {settings.device!r} cannot be used here: {reason(error)}") from error
