@@ -25,10 +25,12 @@ from metahpo.inner.rules import CurvatureRule as CurvatureRule
 from metahpo.inner.rules import GaussNewton as GaussNewton
 from metahpo.inner.rules import LayerStepRates as LayerStepRates
 from metahpo.inner.rules import LevenbergMarquardt as LevenbergMarquardt
+from metahpo.inner.rules import MetaCurvature as MetaCurvature
 from metahpo.inner.rules import Newton as Newton
 from metahpo.inner.rules import PerTensorRule as PerTensorRule
 from metahpo.inner.rules import RMSprop as RMSprop
 from metahpo.inner.rules import Scheduled as Scheduled
 from metahpo.inner.rules import UpdateRule as UpdateRule
+from metahpo.inner.rules import WeightRates as WeightRates
 from metahpo.inner.unroll import Trajectory as Trajectory
 from metahpo.inner.unroll import unroll as unroll

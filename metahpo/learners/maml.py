@@ -38,7 +38,8 @@ class MAML(MetaLearner):
     gradient passes through the inner loop, at what memory (``Reverse``, ``Mixed``; ``NoRemat``, ``Every``, ``Sqrt``):
     the numbers are the same; first order needs neither.
 
-    A subclass that adapts other parameters (ANIL, BOIL) overrides ``adapted_names``; every improvement still applies.
+    A subclass that adapts other parameters (ANIL, BOIL) overrides ``adapted_names``, one that updates them in another
+    way (Meta-SGD) ``default_rule``; every improvement still applies.
     """
 
     def __init__(
@@ -73,18 +74,18 @@ class MAML(MetaLearner):
             )
         if rule is not None and improvements.layer_step_rates:
             raise NetError("layer_step_rates is itself an update rule; give either it or rule")
-        if rule is None:
-            rule = (
-                LayerStepRates(names, steps, inner_lr)
-                if improvements.layer_step_rates
-                else SGD(inner_lr, learnable=learn_lr)
-            )
-        self.rule = rule
+        self.rule = self.default_rule(inner_lr, learn_lr) if rule is None else rule
 
     def adapted_names(self) -> list[str]:
         """The parameters of the net that the inner loop adapts."""
         skipped = set() if self.adapt_norms else self.module.norm_names()
         return [name for name in self.module.params() if name not in skipped]
+
+    def default_rule(self, lr: float, learnable: bool) -> UpdateRule:
+        """The update rule where none is given: at rate ``lr``, which the outer loop learns if ``learnable``."""
+        if self.improvements.layer_step_rates:
+            return LayerStepRates(self.adapted_names(), self.steps, lr)
+        return SGD(lr, learnable=learnable)
 
     def training_phase(self, epoch: int) -> Phase:
         return self.improvements.training_phase(epoch, self.steps)

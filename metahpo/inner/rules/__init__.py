@@ -12,7 +12,9 @@ from metahpo.inner.rules.gauss_newton import GaussNewton as GaussNewton
 from metahpo.inner.rules.layer_step_rates import LayerStepRates as LayerStepRates
 from metahpo.inner.rules.lbfgs import LBFGS as LBFGS
 from metahpo.inner.rules.levenberg_marquardt import LevenbergMarquardt as LevenbergMarquardt
+from metahpo.inner.rules.meta_curvature import MetaCurvature as MetaCurvature
 from metahpo.inner.rules.newton import Newton as Newton
 from metahpo.inner.rules.rmsprop import RMSprop as RMSprop
 from metahpo.inner.rules.scheduled import Scheduled as Scheduled
 from metahpo.inner.rules.sgd import SGD as SGD
+from metahpo.inner.rules.weight_rates import WeightRates as WeightRates
