@@ -24,11 +24,13 @@ class ConjugateGradients:
     1952).
 
     tolerance: None for 2e-12 in float64 and 6e-6 in float32, about the 3/4 power of their precision. Warns with the
-    residual and the steps when that was not reached, which A's being not positive definite may be the cause of too.
+    residual and the steps when that was not reached, which A's being not positive definite may be the cause of too;
+    not if ``truncate``: then a few steps are what is wanted.
     """
 
     steps: int = 200
     tolerance: float | None = None
+    truncate: bool = False
 
     def __post_init__(self):
         if type(self.steps) is not int or self.steps < 1:
@@ -49,7 +51,8 @@ class ConjugateGradients:
             new = residual @ residual
             direction = residual + torch.where(positive, new / torch.where(positive, square, 1.0), 0.0) * direction
             square, going, count = new, positive & (new > target), count + 1
-        self._warn(square, b @ b, target, count)
+        if not self.truncate:
+            self._warn(square, b @ b, target, count)
         return x
 
     def _warn(self, square: Tensor, start: Tensor, target: Tensor, count: int) -> None:
@@ -73,8 +76,12 @@ def solve(operator: Operator, tree: Any, b: Tensor, solver: ConjugateGradients) 
     constants = tree_map_only(Tensor, torch.detach, tree)
     with torch.no_grad():
         x = solver(lambda v: operator(constants, v), b.detach()).detach()
-    # Zero but for its derivative, which is A^-1 times that of the residual.
-    residual = b - operator(tree, x)
+    return x + correction(operator, tree, b - operator(tree, x), solver)
+
+
+def correction(operator: Operator, tree: Any, residual: Tensor, solver: ConjugateGradients) -> Tensor:
+    """Zero, with the derivative A^-1 d(residual): what is to be added to a solution of residual = 0 that was found
+    without derivatives, A the residual's negative Jacobian there (the implicit function theorem)."""
     leaves, spec = tree_flatten(tree)
     places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
     others = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
@@ -87,7 +94,7 @@ def solve(operator: Operator, tree: Any, b: Tensor, solver: ConjugateGradients) 
         with torch.no_grad():
             return solver(lambda u: operator(rebuilt, u), v.detach())
 
-    return x + _Inverse.apply(inverse, residual, *(leaves[i] for i in places))  # type: ignore[operator]
+    return _Inverse.apply(inverse, residual, *(leaves[i] for i in places))  # type: ignore[return-value]
 
 
 class _Inverse(torch.autograd.Function):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Literal
 from zlib import crc32
 
 import numpy as np
@@ -21,6 +22,7 @@ class Episodes:
 
     Each task draws ``ways`` classes of the split and, of each, ``shots`` support and ``queries`` query images, all
     different. Images come as float32 [N, C, H, W] in 0..1, labels as int64 0..ways-1; sets are ordered by class.
+    labels: "task" for those, or "class" for a class's place among the split's, 0..``classes``-1, the same in all tasks.
     rotate: each class of a task is turned by a random multiple of 90 degrees (the augmentation of Santoro et al. 2016;
     square images).
 
@@ -37,6 +39,7 @@ class Episodes:
         queries: int,
         seed: int = 0,
         rotate: bool = False,
+        labels: Literal["task", "class"] = "task",
         device: torch.device | str = "cpu",
     ):
         if split not in data.splits:
@@ -44,9 +47,9 @@ class Episodes:
         classes = np.asarray(data.splits[split])
         if len(classes) < ways:
             raise DataError(f"split {split!r} has {len(classes)} classes, fewer than the {ways} ways of a task")
-        labels = data.labels.cpu().numpy()
-        order = np.argsort(labels, kind="stable")
-        counts = np.bincount(labels, minlength=len(data.class_names))
+        of_images = data.labels.cpu().numpy()
+        order = np.argsort(of_images, kind="stable")
+        counts = np.bincount(of_images, minlength=len(data.class_names))
         need, short = shots + queries, [c for c in classes if counts[c] < shots + queries]
         if short:
             name, count = data.class_names[short[0]], counts[short[0]]
@@ -65,7 +68,7 @@ class Episodes:
             split,
             rotate,
         )
-        self.class_names = data.class_names
+        self.class_names, self.labels = data.class_names, labels
         self._images = data.images.to(device)
         self._classes, self._counts = classes, counts
         self._order, self._first = order, np.concatenate([[0], np.cumsum(counts)[:-1]])
@@ -81,14 +84,14 @@ class Episodes:
 
     def batch(self, indices: Sequence[int]) -> Task:
         draws = [self._draw(index) for index in indices]
-        rows = torch.as_tensor(np.stack([rows for rows, _ in draws]))
-        turns = torch.as_tensor(np.stack([turns for _, turns in draws]))
+        rows, turns, classes = (torch.as_tensor(np.stack(parts)) for parts in zip(*draws))
         images = self._images[rows.to(self._images.device)]  # [T, ways, shots + queries, C, H, W]
         if self.rotate:
             images = _turned(images, turns.to(images.device))
         images = images.to(torch.float32).div_(255)
         support, query = images.split([self.shots, self.queries], dim=2)
-        labels = torch.arange(self.ways, device=images.device).expand(len(draws), self.ways)
+        labels = classes if self.labels == "class" else torch.arange(self.ways).expand(len(draws), self.ways)
+        labels = labels.to(images.device)
         return Task(
             support.flatten(1, 2),
             labels.repeat_interleave(self.shots, 1),
@@ -96,16 +99,22 @@ class Episodes:
             labels.repeat_interleave(self.queries, 1),
         )
 
-    def _draw(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        """The image numbers [ways, shots + queries] of a task, and its quarter turns [ways]."""
+    @property
+    def classes(self) -> int:
+        """How many classes the split has."""
+        return len(self._classes)
+
+    def _draw(self, index: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The image numbers [ways, shots + queries] of a task, its quarter turns and its classes' places [ways]."""
         rng = np.random.default_rng([self.seed, crc32(self.split.encode()), index])
-        classes = rng.choice(self._classes, self.ways, replace=False)
+        places = rng.choice(len(self._classes), self.ways, replace=False)
+        classes = self._classes[places]
         # The smallest of random keys are a draw without replacement; classes with fewer images have no key beyond
         # their last.
         keys = rng.random((self.ways, self._most))
         keys[np.arange(self._most) >= self._counts[classes][:, None]] = 2.0
         chosen = np.argsort(keys, axis=1)[:, : self.shots + self.queries]
-        return self._order[self._first[classes][:, None] + chosen], rng.integers(0, 4, self.ways)
+        return self._order[self._first[classes][:, None] + chosen], rng.integers(0, 4, self.ways), places
 
 
 def labelled(dataset: Dataset, classes: Mapping[str, Sequence[int]]) -> LabelledImages:

@@ -1,0 +1,75 @@
+"""CAVIA: fast context adaptation."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from metahpo.functional import Params
+from metahpo.functional.surgery import with_layers
+from metahpo.learners.base import Adapted
+from metahpo.learners.maml import MAML
+from metahpo.learners.phase import Phase
+
+NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+LAYERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
+
+
+class FiLM(nn.Module):
+    """x * (1 + scale) + shift by channel, both linear in a context (Perez et al. 2018, equation 1).
+
+    size: of the context, a vector of zeros; channels: of x [N, channels, ...].
+    """
+
+    def __init__(self, size: int, channels: int):
+        super().__init__()
+        self.context = nn.Parameter(torch.zeros(size))
+        self.linear = nn.Linear(size, 2 * channels)
+        nn.init.zeros_(self.linear.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        shape = [-1] + [1] * (x.dim() - 2)
+        scale, shift = (part.view(shape) for part in self.linear(self.context).chunk(2))
+        return x * (1 + scale) + shift
+
+
+class CAVIA(MAML):
+    """Adapts a context alone: a small vector, zero at the start of every task, which scales and shifts the features of
+    a layer; the net is learnt by the outer loop and shared by all tasks (Zintgraf et al. 2019, algorithm 1, FiLM as in
+    section 5.3).
+
+    net and the rest: as in ``MAML``. context: its size. after: the name of the layer that is followed by the FiLM
+    layer; by default the last but one of the net's batch norms (before which a scale and shift would have no effect),
+    or its first layer with weights where it has none.
+    """
+
+    def __init__(self, net: nn.Module, *, context: int = 100, after: str | None = None, **options: Any):
+        net = with_layers(net, [after or _place(net)], lambda layer: FiLM(context, _channels(layer)))
+        super().__init__(net, **options)
+
+    def adapted_names(self) -> list[str]:
+        modules = self.module.net.named_modules()
+        return [f"{name}.context" for name, module in modules if isinstance(module, FiLM)]
+
+    def initial(self, phase: Phase) -> Adapted:
+        start = super().initial(phase)
+        return replace(start, params={name: torch.zeros_like(p) for name, p in start.params.items()})
+
+    def outer_params(self) -> Params:
+        contexts = {f"module.net.{name}" for name in self.adapted_names()}
+        return {name: p for name, p in super().outer_params().items() if name not in contexts}
+
+
+def _place(net: nn.Module) -> str:
+    names = [name for name, module in net.named_modules() if isinstance(module, NORMS)]
+    return names[-2:][0] if names else next(name for name, m in net.named_modules() if isinstance(m, LAYERS))
+
+
+def _channels(layer: nn.Module) -> int:
+    for name in ("num_features", "out_channels", "out_features"):
+        if hasattr(layer, name):
+            return getattr(layer, name)
+    raise TypeError(f"a {type(layer).__name__} does not say how many channels it has")

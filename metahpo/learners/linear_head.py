@@ -1,0 +1,59 @@
+"""A linear head fitted on pre-trained features: the baseline without meta-learning."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from metahpo.errors import NetError
+from metahpo.functional import FunctionalModule, Params
+from metahpo.functional.surgery import without_head
+from metahpo.learners.base import Adapted, MetaLearner, Metrics
+from metahpo.learners.phase import Phase
+from metahpo.tasks.task import Task
+
+
+class LinearHead(MetaLearner):
+    """Trains the net as an ordinary classifier of all training classes; on a new task a linear head alone is fitted to
+    the support set's features (the Baseline of Chen et al. 2019, section 3.1).
+
+    net: its head is replaced by one of ``classes`` outputs. ways: labels of an evaluation task are 0..ways-1. Training
+    tasks must be labelled by class, 0..classes-1 (``Episodes(..., labels="class")``), and their support and query sets
+    are one batch to it. steps, inner_lr: of the head's gradient descent from zero on cross entropy; the rate is
+    ``inner_lr`` divided by the mean square of the features' length, so that it fits any features.
+    """
+
+    def __init__(self, net: nn.Module, ways: int, classes: int, *, steps: int = 100, inner_lr: float = 1.0):
+        super().__init__()
+        body, head = without_head(net)
+        if not isinstance(head, nn.Linear):
+            raise NetError(f"linear_head needs a net that ends in a Linear layer, found {type(head).__name__}")
+        self.module, self.classifier = FunctionalModule(body), nn.Linear(head.in_features, classes)
+        self.ways, self.steps, self.inner_lr = ways, steps, inner_lr
+
+    def meta_loss(self, task: Task, phase: Phase) -> tuple[Tensor, Metrics]:
+        x, y = torch.cat([task.support_x, task.query_x]), torch.cat([task.support_y, task.query_y])
+        features, buffers = self._features(x, self.module.buffers_by_name(), phase)
+        outputs = self.classifier(features)
+        return self.loss(outputs, y), {**self.measure(outputs, y), "buffers": self.changed(buffers)}
+
+    def adapt(self, support_x: Tensor, support_y: Tensor, phase: Phase) -> Adapted:
+        features, buffers = self._features(support_x, self.module.buffers_by_name(), phase)
+        features = F.pad(features.detach(), (0, 1), value=1.0)  # The last column is the bias's.
+        classes = torch.arange(self.ways, device=support_y.device)
+        targets = (support_y[:, None] == classes).to(features.dtype)
+        rate = self.inner_lr / features.square().sum(1).mean()
+        head = features.new_zeros(self.ways, features.shape[1])
+        for _ in range(self.steps):
+            wrong = (features @ head.mT).softmax(-1) - targets
+            head = head - rate * (wrong.mT @ features) / len(features)
+        return Adapted({"head": head}, phase, buffers)
+
+    def predict(self, adapted: Adapted, x: Tensor) -> Tensor:
+        features, _ = self._features(x, adapted.buffers, adapted.phase)
+        return F.pad(features, (0, 1), value=1.0) @ adapted.params["head"].mT
+
+    def _features(self, x: Tensor, buffers: Params, phase: Phase) -> tuple[Tensor, Params]:
+        features, buffers = self.module.apply_with({}, buffers, x, training=phase.training, inductive=phase.inductive)
+        return features.flatten(1), buffers
