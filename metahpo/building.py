@@ -7,102 +7,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import nn
 
 from metahpo import torchrun
 from metahpo.building_data import SPLITS, build_tasks, load_images
-from metahpo.config import CustomNet, RunConfig
+from metahpo.building_learner import build_learner
+from metahpo.config import RunConfig
 from metahpo.config_data import OmniglotSettings
-from metahpo.config_learners import CustomLearner, MAMLSettings
-from metahpo.custom import brief, call, check_learner, reason
-from metahpo.errors import CheckpointError, ConfigError, NetError, did_you_mean
-from metahpo.inner import Mixed, Reverse, named_remat
-from metahpo.learners import MAML, MAMLPlusPlus, MetaLearner
-from metahpo.nets import MLP, Conv4, ResidualMLP, ResNet12, SmallResNet
-from metahpo.tasks import LabelledImages, Task, TaskSource
+from metahpo.config_learners import LinearHeadSettings
+from metahpo.custom import brief, check_learner, reason
+from metahpo.errors import CheckpointError, ConfigError, did_you_mean
+from metahpo.learners import MetaLearner
+from metahpo.tasks import LabelledImages, TaskSource
 from metahpo.training.checkpoint import CheckpointStore
 from metahpo.training.distributed import current
-from metahpo.training.environment import seeded
 from metahpo.training.settings import TrainingSettings
 from metahpo.training.trainer import Trainer
-
-NETS: dict[str, type[nn.Module]] = {
-    "mlp": MLP,
-    "residual_mlp": ResidualMLP,
-    "conv4": Conv4,
-    "resnet12": ResNet12,
-    "small_resnet": SmallResNet,
-}
-
-
-def build_learner(config: RunConfig, example: Task) -> MetaLearner:
-    """The learner for tasks like ``example`` (one task), its net initialised from the config's seed.
-
-    Raises NetError if the net cannot take the inputs or its output does not fit the targets.
-    """
-    regression = example.query_y.is_floating_point()
-    loss = F.mse_loss if regression else F.cross_entropy
-    settings = config.learner
-    with seeded(config.training.seed):
-        net = build_net(config, example)
-        check_net(net, example, config.net.name)
-        if isinstance(settings, CustomLearner):
-            learner = call(settings.name, "learner.name", settings.args, net, optional={"loss": loss})
-            if not isinstance(learner, MetaLearner):
-                raise ConfigError(
-                    f"learner.name: {settings.name} gave {type(learner).__name__}, expected a MetaLearner"
-                )
-            return learner
-        kind = MAML if isinstance(settings, MAMLSettings) else MAMLPlusPlus
-        options = settings.model_dump(exclude={"name", "inner_gradient", "remat"})
-        gradient = Mixed() if settings.inner_gradient == "mixed" else Reverse()
-        return kind(net, loss=loss, gradient=gradient, remat=named_remat(settings.remat), **options)
-
-
-def build_net(config: RunConfig, example: Task) -> nn.Module:
-    """The net for inputs and targets like ``example``'s."""
-    return make_net(config.net, tuple(example.support_x.shape[1:]), _outputs(example))
-
-
-def make_net(settings: Any, in_shape: tuple[int, ...], out_features: int) -> nn.Module:
-    """The net that the settings of the section ``net`` describe, or the user's own."""
-    shape = {"in_shape": in_shape, "out_features": out_features}
-    if isinstance(settings, CustomNet):
-        net = call(settings.name, "net.name", settings.args, optional=shape)
-        if not isinstance(net, nn.Module):
-            raise ConfigError(f"net.name: {settings.name} gave {type(net).__name__}, expected a torch.nn.Module")
-        return net
-    kind = NETS[settings.name]
-    if kind not in (MLP, ResidualMLP) and len(in_shape) != 3:
-        raise NetError(f"net {settings.name} takes images [C, H, W]; the data gives {list(in_shape)}; choose mlp")
-    try:
-        return kind(**shape, **settings.model_dump(exclude={"name"}))
-    except (RuntimeError, MemoryError, OverflowError, TypeError) as error:
-        raise NetError(f"net {settings.name} of this size cannot be made: {brief(error)}") from error
-
-
-def check_net(net: nn.Module, example: Task, name: str) -> None:
-    """Raises NetError unless ``net`` maps the task's inputs, support and query, to outputs that fit its targets."""
-    for x in (example.support_x.cpu(), example.query_x.cpu()):
-        check_outputs(net, x, _outputs(example), name, "values" if example.query_y.is_floating_point() else "ways")
-
-
-def check_outputs(net: nn.Module, x: torch.Tensor, outputs: int, name: str, what: str) -> None:
-    """Raises NetError unless ``net`` maps inputs [N, ...] to [N, outputs]; what: what these are, for the message."""
-    expected = [len(x), outputs]
-    was_training = net.training
-    try:
-        with torch.no_grad():
-            # In evaluation mode, so that the trial leaves running statistics alone.
-            output = net.eval()(x)
-    except Exception as error:
-        raise NetError(f"net {name} fails on inputs {list(x.shape)}: {brief(error)}") from error
-    finally:
-        net.train(was_training)
-    found = list(output.shape) if isinstance(output, torch.Tensor) else type(output).__name__
-    if found != expected:
-        raise NetError(f"net {name} gives {found} for inputs {list(x.shape)}; expected {expected} ({outputs} {what})")
 
 
 def build(
@@ -119,11 +38,18 @@ def build(
                 load_images(config.data)
     with ranks.agreed():
         tasks = build_tasks(config, splits, images)
-        example = tasks["train"].task(0)
-        learner = build_learner(config, example)
+        learner = build_learner(config, tasks)
         check_optimizer(config.training, learner)
-        check_learner(learner, config.learner.name, tasks["train"], config.training)
+        check_learner(learner, config.learner.name, tasks["train"], next(reversed(tasks.values())), config.training)
     return tasks, learner
+
+
+def build_for(config: RunConfig, split: str) -> tuple[TaskSource, MetaLearner]:
+    """The tasks of one split, and the learner as it begins, to be given a run's weights."""
+    # A linear head has as many outputs in training as there are classes.
+    splits = ("train", split) if isinstance(config.learner, LinearHeadSettings) else (split,)
+    tasks = build_tasks(config, splits)
+    return tasks[split], build_learner(config, tasks)
 
 
 def resume_trainer(
@@ -143,11 +69,6 @@ def resume_trainer(
             return Trainer.resume(run_dir, learner, tasks["train"], tasks["val"], config.training)
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             raise CheckpointError(f"{path}: cannot go on from it: {brief(error)}") from error
-
-
-def _outputs(example: Task) -> int:
-    y = example.support_y
-    return y.shape[-1] if y.is_floating_point() else int(max(y.max(), example.query_y.max())) + 1
 
 
 def check_optimizer(settings: TrainingSettings, learner: MetaLearner) -> None:

@@ -9,6 +9,7 @@ import torch
 
 from metahpo.config import RunConfig
 from metahpo.config_data import CustomTasks, FolderSettings, GlyphsSettings, OmniglotSettings, SinusoidSettings
+from metahpo.config_learners import LinearHeadSettings
 from metahpo.custom import call, check_source, reason
 from metahpo.errors import ConfigError
 from metahpo.tasks import Episodes, LabelledImages, Sinusoid, TaskSource
@@ -44,6 +45,7 @@ def build_tasks(
         return {s: Sinusoid(s, shots=data.shots, queries=queries[s], seed=seed) for s in splits}
     images, rotate = images or load_images(config.data), getattr(data, "rotate", False)
     images = replace(images, images=images.images.to(settings.torch_device()))
+    by_class = isinstance(config.learner, LinearHeadSettings)
     return {
         split: Episodes(
             images,
@@ -53,6 +55,7 @@ def build_tasks(
             queries=queries[split],
             seed=seed,
             rotate=rotate and split == "train",
+            labels="class" if by_class and split == "train" else "task",
         )
         for split in splits
     }

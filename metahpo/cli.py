@@ -232,8 +232,7 @@ def _evaluate(options: argparse.Namespace) -> int:
 
 
 def _report(options: argparse.Namespace) -> int:
-    from metahpo.building import build_learner
-    from metahpo.building_data import build_tasks
+    from metahpo.building import build_for
     from metahpo.config_file import load_config
     from metahpo.training.ensemble import load_best
 
@@ -243,22 +242,19 @@ def _report(options: argparse.Namespace) -> int:
         return report_search(Path(options.run_dir))
     run_dir = trained_run_dir(options.run_dir)
     config = load_config(run_dir / "config.yaml")
-    tasks = build_tasks(config, ("test",))["test"]
-    learner = build_learner(config, tasks.task(0))
+    tasks, learner = build_for(config, "test")
     load_best(run_dir, learner)
     _write_report(run_dir, learner, tasks.task(0))
     return 0
 
 
 def _test(config: Any, run_dir: Path, split: str, count: int, ranks: Any):
-    from metahpo.building import build_learner
-    from metahpo.building_data import build_tasks
+    from metahpo.building import build_for
     from metahpo.training.checkpoint import write_atomically
     from metahpo.training.ensemble import evaluate_run
 
     with ranks.agreed():
-        tasks = build_tasks(config, (split,))[split]
-        learner = build_learner(config, tasks.task(0))
+        tasks, learner = build_for(config, split)
     rows = evaluate_run(run_dir, learner, tasks, count, config.training)
     if ranks.first:
         result = {"split": split, "tasks": count, "rows": rows}

@@ -21,7 +21,9 @@ from metahpo.training.precision import precision
 from metahpo.training.settings import TrainingSettings
 
 
-def check_learner(learner: MetaLearner, name: str, source: TaskSource, settings: TrainingSettings) -> None:
+def check_learner(
+    learner: MetaLearner, name: str, train: TaskSource, evaluation: TaskSource, settings: TrainingSettings
+) -> None:
     """Raises NetError or ConfigError unless the learner trains and evaluates on a task, as the settings say."""
     # One task tells nothing of an engine's speed, and is not what a program is to be recorded from.
     tried = {"auto": "loop", "trace": "vmap", "graph": "vmap"}.get(settings.engine, settings.engine)
@@ -29,9 +31,8 @@ def check_learner(learner: MetaLearner, name: str, source: TaskSource, settings:
     learner.to(device)
     try:
         with seeded(settings.seed, device=device), precision(learner, settings):
-            batch = source.batch([0]).to(device)
-            losses = engine.meta_gradient(learner, batch, learner.training_phase(0)).losses
-            engine.evaluate(learner, batch, Phase())
+            losses = engine.meta_gradient(learner, train.batch([0]).to(device), learner.training_phase(0)).losses
+            engine.evaluate(learner, evaluation.batch([0]).to(device), Phase())
     except (MetaHPOError, torch.OutOfMemoryError):
         raise
     except Exception as error:

@@ -8,7 +8,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from metahpo.building import check_outputs, make_net
+from metahpo.building_net import check_outputs, make_net
 from metahpo.custom import call
 from metahpo.errors import ConfigError, DataError
 from metahpo.training.environment import seeded

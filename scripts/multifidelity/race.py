@@ -9,8 +9,7 @@ from typing import Any
 
 import torch
 
-from metahpo.building import build_learner
-from metahpo.building_data import build_tasks
+from metahpo.building import build_for
 from metahpo.config_file import load_config
 from metahpo.searchers import (
     ASHA,
@@ -146,10 +145,8 @@ def tested(scale: Scale, record: TrialRecord, name: str, seed: int, folder: Path
     torch.set_num_threads(1)
     run = path(folder, name, seed).with_suffix(".files") / "trials" / f"{record.number:05d}" / "run"
     config = load_config(run / "config.yaml")
-    tasks = build_tasks(config, ("test",))["test"]
-    return evaluate_run(run, build_learner(config, tasks.task(0)), tasks, scale.test_tasks, config.training)["best"][
-        "accuracy"
-    ]
+    tasks, learner = build_for(config, "test")
+    return evaluate_run(run, learner, tasks, scale.test_tasks, config.training)["best"]["accuracy"]
 
 
 def broken_promotions(trials: list[TrialRecord]) -> Iterator[str]:

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from metahpo.building import build_net
+from metahpo.building_net import build_net
 from metahpo.config import RunConfig
 from metahpo.errors import NetError
 from metahpo.learners import MAML, Phase
