@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,6 +17,8 @@ from metahpo.functional.levels import levels
 
 # (tree of tensors, v [n]) -> A v [n]; A is symmetric and positive definite, and depends on the tree.
 Operator = Callable[[Any, Tensor], Tensor]
+# The same as a function of the tree alone, which may prepare what all products with one A share.
+Products = Callable[[Any], Callable[[Tensor], Tensor]]
 
 
 @dataclass(frozen=True)
@@ -76,10 +79,10 @@ def solve(operator: Operator, tree: Any, b: Tensor, solver: ConjugateGradients) 
     constants = tree_map_only(Tensor, torch.detach, tree)
     with torch.no_grad():
         x = solver(lambda v: operator(constants, v), b.detach()).detach()
-    return x + correction(operator, tree, b - operator(tree, x), solver)
+    return x + correction(lambda tree: partial(operator, tree), tree, b - operator(tree, x), solver)
 
 
-def correction(operator: Operator, tree: Any, residual: Tensor, solver: ConjugateGradients) -> Tensor:
+def correction(products: Products, tree: Any, residual: Tensor, solver: ConjugateGradients) -> Tensor:
     """Zero, with the derivative A^-1 d(residual): what is to be added to a solution of residual = 0 that was found
     without derivatives, A the residual's negative Jacobian there (the implicit function theorem)."""
     leaves, spec = tree_flatten(tree)
@@ -92,7 +95,7 @@ def correction(operator: Operator, tree: Any, residual: Tensor, solver: Conjugat
             given[i] = tensor.detach()
         rebuilt = tree_unflatten(given, spec)
         with torch.no_grad():
-            return solver(lambda u: operator(rebuilt, u), v.detach())
+            return solver(products(rebuilt), v.detach())
 
     return _Inverse.apply(inverse, residual, *(leaves[i] for i in places))  # type: ignore[return-value]
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from metahpo.errors import NetError
 from metahpo.functional import Params
+from metahpo.functional.levels import under_torch_func
 from metahpo.functional.trees import map_tree
 from metahpo.inner import SGD, ConjugateGradients, FirstOrder, Reverse, UpdateRule, unroll
 from metahpo.inner.linear_solve import correction
@@ -88,9 +89,26 @@ class IMAML(MAML):
         if not self.cg_steps:
             return {name: p - p.detach() for name, p in learnt[0].items()}
 
-        def operator(learnt: Any, v: Tensor) -> Tensor:
-            return flat(hessian_product(lambda w: objective(w, learnt), at, split(v, at)), at)
+        def products(learnt: Any) -> Callable[[Tensor], Tensor]:
+            return _products(lambda w: objective(w, learnt), at)
 
         slope, *_ = Reverse()(lambda w, carry, batch, step: (objective(w, batch), carry), at, None, learnt, 0)
         solver = ConjugateGradients(self.cg_steps, truncate=True)
-        return split(correction(operator, learnt, -flat(slope, at), solver), at)
+        return split(correction(products, learnt, -flat(slope, at), solver), at)
+
+
+def _products(function: Callable[[Params], Tensor], at: Params) -> Callable[[Tensor], Tensor]:
+    """Products of vectors [n] with the Hessian of ``function`` at ``at``."""
+    if under_torch_func():
+        return lambda v: flat(hessian_product(function, at, split(v, at)), at)
+    # The gradient's graph serves them all.
+    with torch.enable_grad():
+        here = {name: p.detach().requires_grad_() for name, p in at.items()}
+        leaves = list(here.values())
+        slope = torch.cat([g.reshape(-1) for g in torch.autograd.grad(function(here), leaves, create_graph=True)])
+
+    def product(v: Tensor) -> Tensor:
+        parts = torch.autograd.grad(slope, leaves, v, retain_graph=True, materialize_grads=True)
+        return torch.cat([part.reshape(-1) for part in parts])
+
+    return product
