@@ -28,7 +28,7 @@ class ConjugateGradients:
 
     tolerance: None for 2e-12 in float64 and 6e-6 in float32, about the 3/4 power of their precision. Warns with the
     residual and the steps when that was not reached, which A's being not positive definite may be the cause of too;
-    not if ``truncate``: then a few steps are what is wanted.
+    not if ``truncate``: then ``steps`` of them are taken without a look at the numbers, which a GPU would wait for.
     """
 
     steps: int = 200
@@ -45,7 +45,7 @@ class ConjugateGradients:
         x, residual, direction, square = torch.zeros_like(b), b, b, b @ b
         # Squares of small numbers would be lost before the numbers are.
         target, going, count = tolerance**2 * square, square > 0, 0
-        while _anywhere(going) and count < self.steps:
+        while count < self.steps and (self.truncate or _anywhere(going)):
             image = product(direction)
             curvature = direction @ image
             positive = going & (curvature > 0)

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from metahpo.functional import Params
 from metahpo.functional.surgery import with_layers
 from metahpo.learners.base import Adapted
 from metahpo.learners.maml import MAML
@@ -26,7 +24,8 @@ class FiLM(nn.Module):
 
     def __init__(self, size: int, channels: int):
         super().__init__()
-        self.context = nn.Parameter(torch.zeros(size))
+        # Frozen to the outer loop: a task always begins at zero.
+        self.context = nn.Parameter(torch.zeros(size), requires_grad=False)
         self.linear = nn.Linear(size, 2 * channels)
         nn.init.zeros_(self.linear.bias)
 
@@ -55,12 +54,8 @@ class CAVIA(MAML):
         return [f"{name}.context" for name, module in modules if isinstance(module, FiLM)]
 
     def initial(self, phase: Phase) -> Adapted:
-        start = super().initial(phase)
-        return replace(start, params={name: torch.zeros_like(p) for name, p in start.params.items()})
-
-    def outer_params(self) -> Params:
-        contexts = {f"module.net.{name}" for name in self.adapted_names()}
-        return {name: p for name, p in super().outer_params().items() if name not in contexts}
+        params = {name: self.module.net.get_parameter(name) for name in self.adapted_names()}
+        return Adapted(params, phase, self.module.buffers_by_name())
 
 
 def _place(net: nn.Module) -> str:

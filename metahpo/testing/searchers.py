@@ -13,12 +13,12 @@ In a test, a check at a time::
 from __future__ import annotations
 
 import copy
-import traceback
 from collections.abc import Callable, Sequence
 
-from metahpo.errors import SearchError, one_line
+from metahpo.errors import SearchError
 from metahpo.searchers.base import Searcher
 from metahpo.testing.checks import CHECKS
+from metahpo.testing.report import raise_faults
 from metahpo.testing.subject import Subject
 
 
@@ -47,16 +47,4 @@ def check_searcher(
             check(subject)
         except Exception as error:
             faults.append((check.__name__, error))
-    if faults:
-        lines = [f"{searcher!r} does not conform:", *(f"- {name}: {_said(error)}" for name, error in faults)]
-        raise AssertionError("\n".join(lines)) from faults[0][1]
-
-
-def _said(error: Exception) -> str:
-    if isinstance(error, (AssertionError, SearchError)) and str(error):
-        return one_line(error, 1000)
-    frames = traceback.extract_tb(error.__traceback__)
-    # The searcher's own line, rather than one of a library that it called.
-    where = next((frame for frame in reversed(frames) if frame.name == "suggest"), frames[-1])
-    what = f"{type(error).__name__}: {one_line(error)}" if str(error) else type(error).__name__
-    return f"{what} ({where.filename}, line {where.lineno}, in {where.name})"
+    raise_faults(repr(searcher), faults, ("suggest",))
