@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from metahpo.config import LEARNERS
 from metahpo.config_file import dump_config, load_config
 from metahpo.errors import ConfigError
 
@@ -51,13 +52,20 @@ def test_there_are_shipped_configs():
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda p: str(p.relative_to(CONFIGS)))
 def test_a_shipped_config_loads_and_is_what_its_name_says(path):
     config = load_config(path)
-    source, *numbers = path.parent.name.split("_")
+    folder = path.relative_to(CONFIGS).parts[0]
+    source, *numbers = folder.split("_")
     assert config.data.source == source
     found = {kind: int(n) for n, kind in (re.fullmatch(r"(\d+)(way|shot)", part).groups() for part in numbers)}
     assert found == {kind: getattr(config.data, f"{kind}s") for kind in found}
     assert "shot" in found
-    if path.stem in ("maml", "maml_pp"):
+    if path.stem in LEARNERS:
         assert config.learner.name == path.stem
+
+
+def test_every_learner_has_a_config_that_differs_in_the_learner_alone():
+    configs = {path.stem: load_config(path) for path in (CONFIGS / "glyphs_5way_1shot/learners").glob("*.yaml")}
+    assert {config.learner.name for config in configs.values()} == set(LEARNERS) - {"custom"}
+    assert len({str(config.model_copy(update={"learner": None})) for config in configs.values()}) == 1
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda p: str(p.relative_to(CONFIGS)))
@@ -110,7 +118,7 @@ def test_numbers_with_exponents_are_numbers(config, text):
         ("trainin.epochs=3", "unknown key 'trainin'; did you mean 'training'?"),
         ("data..ways=3", "unknown key 'data.'"),
         ("data=glyfs", "data.source: did you mean 'glyphs'?"),
-        ("learner=mmaml", "learner.name: did you mean 'maml'? should be one of maml, maml_pp, or MODULE:NAME"),
+        ("learner=mmaml", "learner.name: did you mean 'maml'? should be one of maml, maml_pp, anil,"),
         ("net=3", "net: should be a name or a section, found 3"),
         ("net={}", "key 'net.name' is missing; one of conv4, resnet12, mlp, or MODULE:NAME of your own"),
         ("net=my net:f", "net.name: should be MODULE:NAME, found 'my net:f'"),

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from metahpo.functional import Params
 from metahpo.functional.surgery import with_layers
 from metahpo.learners.base import Adapted
 from metahpo.learners.maml import MAML
@@ -50,12 +51,14 @@ class CAVIA(MAML):
         super().__init__(net, **options)
 
     def adapted_names(self) -> list[str]:
-        modules = self.module.net.named_modules()
-        return [f"{name}.context" for name, module in modules if isinstance(module, FiLM)]
+        return list(self._contexts())
 
     def initial(self, phase: Phase) -> Adapted:
-        params = {name: self.module.net.get_parameter(name) for name in self.adapted_names()}
-        return Adapted(params, phase, self.module.buffers_by_name())
+        return Adapted(self._contexts(), phase, self.module.buffers_by_name())
+
+    def _contexts(self) -> Params:
+        modules = self.module.net.named_modules()
+        return {f"{name}.context": module.context for name, module in modules if isinstance(module, FiLM)}
 
 
 def _place(net: nn.Module) -> str:
