@@ -71,7 +71,7 @@ def row(folder: Path, name: str, seed: int, quick: bool) -> dict:
     history = (folder / "metrics.csv").read_text().splitlines()
     column = history[0].split(",").index("seconds")
     seconds = sum(float(line.split(",")[column]) for line in history[1:])
-    kinds = ("accuracy", "accuracy_ci95", "accuracy_inductive", "accuracy_before")
+    kinds = ("accuracy", "accuracy_ci", "accuracy_inductive", "accuracy_before")
     found = {kind: result[kind] for kind in kinds if kind in result}
     print(f"{name}, seed {seed}: {100 * found['accuracy']:.1f}%", file=sys.stderr, flush=True)
     return {"learner": name, "seed": seed, **found, "seconds": round(seconds, 1)}
@@ -144,7 +144,7 @@ def draw(rows: list[dict], path: Path) -> None:
         own = [row for row in rows if row["learner"] == name]
         axis.barh(place, 100 * mean(rows, name, "accuracy"), color="C0" if "_pp" not in name else "C1", alpha=0.6)
         for row in own:
-            axis.errorbar(100 * row["accuracy"], place, xerr=100 * row["accuracy_ci95"], fmt="k.", capsize=2)
+            axis.errorbar(100 * row["accuracy"], place, xerr=100 * row["accuracy_ci"], fmt="k.", capsize=2)
     axis.set_yticks(range(len(names)), names)
     axis.axvline(20, color="grey", linestyle=":")
     axis.set(xlabel="test accuracy, % (transductive; dots: seeds with 95% intervals over tasks)", xlim=(15, 100))

@@ -14,6 +14,7 @@ from metahpo.search_config import load_search
 from metahpo.searchers import Bayesian, Study
 from metahpo.tasks import Episodes
 from metahpo.tasks.glyphs import load_glyphs
+from metahpo.testing import check_learner
 from metahpo.training.engines import ENGINES
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -36,10 +37,14 @@ def test_training_ones_own_net_and_the_learners_of_ones_own():
 
     exec(second, names)
     exec(third, names)
-    assert names["learner"].adapted_names() == ["4.weight", "4.bias"]
+    assert names["learner"].adapted_names() == ["0.weight", "0.bias", "4.weight", "4.bias"]
+    check_learner(names["RidgeHead"], ways=3)
+    # The learner that README calls one of twenty lines, without its imports.
+    own = [line for line in second.splitlines() if line.strip() and not line.startswith(("import", "from"))]
+    assert len(own) <= 20
     tasks = Episodes(load_glyphs(), "train", ways=5, shots=1, queries=2).batch(range(2))
     tasks = tasks._replace(support_x=tasks.support_x.double(), query_x=tasks.query_x.double())
-    for learner in (names["learner"], names["Prototypes"](Conv4((1, 28, 28), 16, filters=4))):
+    for learner in (names["learner"], names["RidgeHead"](Conv4((1, 28, 28), 16, filters=4))):
         # Not graph, which takes minutes to compile, nor auto, which is one of the others.
         engines = [ENGINES[name]() for name in ("loop", "threads", "vmap", "trace")]
         results = [engine.meta_gradient(learner.double(), tasks, Phase(training=True)) for engine in engines]

@@ -158,3 +158,22 @@ def test_a_wrong_gradient_is_told():
     wrong = {"a": torch.tensor([3.0, 0.5]), "b": torch.tensor([[4.0]])}
     assert measure.relative_error(wrong, right) == pytest.approx(0.1)
     assert measure.union([(0.0, 2.0), (1.0, 3.0), (1.5, 2.5), (5.0, 6.0)]) == 4.0
+
+
+def test_learners_are_compared_and_a_run_that_is_there_is_not_run_again(tmp_path):
+    figures, picture = tmp_path / "figures.json", tmp_path / "learners.png"
+    command = [sys.executable, SCRIPTS / "compare_learners.py"]
+    flags = ["--quick", "--folder", tmp_path / "runs", "--json", figures, "--plot", picture]
+    found = []
+    for _ in range(2):
+        done = subprocess.run([*command, *flags], capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stdout + done.stderr
+        found.append(json.loads(figures.read_text())["rows"])
+    assert {row["learner"] for row in found[0]} == {"maml", "proto_net"}
+    assert all(0 <= row["accuracy"] <= 1 and row["megabytes"] > 0 for row in found[0])
+    assert [row["seconds"] for row in found[0]] == [row["seconds"] for row in found[1]]
+    assert picture.stat().st_size > 0
+    bad = subprocess.run([*command, "--learner", "mamml"], capture_output=True, text=True, timeout=300)
+    assert bad.returncode == 2
+    assert bad.stderr.startswith("compare_learners.py: --learner: no 'mamml'; known: anil,")
+    assert bad.stderr.count("\n") == 1
