@@ -13,7 +13,7 @@ from torch import nn
 from metahpo import torchrun
 from metahpo.building_data import SPLITS, build_tasks, load_images
 from metahpo.config import CustomNet, RunConfig
-from metahpo.config_data import OmniglotSettings
+from metahpo.config_episodes import EpisodeSettings
 from metahpo.config_learners import CustomLearner, MAMLSettings
 from metahpo.custom import brief, call, check_learner, reason
 from metahpo.errors import CheckpointError, ConfigError, NetError, did_you_mean
@@ -41,6 +41,7 @@ def build_learner(config: RunConfig, example: Task) -> MetaLearner:
 
     Raises NetError if the net cannot take the inputs or its output does not fit the targets.
     """
+    example = _widest(config, example)
     regression = example.query_y.is_floating_point()
     loss = F.mse_loss if regression else F.cross_entropy
     settings = config.learner
@@ -58,6 +59,15 @@ def build_learner(config: RunConfig, example: Task) -> MetaLearner:
         options = settings.model_dump(exclude={"name", "inner_gradient", "remat"})
         gradient = Mixed() if settings.inner_gradient == "mixed" else Reverse()
         return kind(net, loss=loss, gradient=gradient, remat=named_remat(settings.remat), **options)
+
+
+def _widest(config: RunConfig, example: Task) -> Task:
+    """The example with the highest label that any of the run's tasks has: where ways vary, it may lack that itself."""
+    if not isinstance(config.data, EpisodeSettings) or example.query_y.is_floating_point():
+        return example
+    labels = example.query_y.clone()
+    labels[-1] = labels[-1].clamp(min=config.data.most_ways - 1)
+    return example._replace(query_y=labels)
 
 
 def build_net(config: RunConfig, example: Task) -> nn.Module:
@@ -113,7 +123,7 @@ def build(
     All ranks of a run call it together; what cannot work on one stops all.
     """
     ranks = current()
-    if ranks.size > 1 and isinstance(config.data, OmniglotSettings) and config.data.download:
+    if ranks.size > 1 and getattr(config.data, "download", False):
         with ranks.agreed():
             if not torchrun.local_rank():  # One process a machine, lest several write the same file.
                 load_images(config.data)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 from zlib import crc32
 
 import numpy as np
@@ -23,6 +23,7 @@ class Episodes:
 
     Each task draws ``ways`` classes of the split and, of each, ``shots`` support and ``queries`` query images, all
     different. Images come as float32 [N, C, H, W] in 0..1, labels as int64 0..ways-1; sets are ordered by class.
+    labels: "task" for those, or "class" for a class's place among the split's, 0..``classes``-1, the same in all tasks.
     rotate: each class of a task is turned by a random multiple of 90 degrees (the augmentation of Santoro et al. 2016;
     square images). imbalance: support images are unevenly many from class to class, ``shots`` on average.
 
@@ -43,6 +44,7 @@ class Episodes:
         queries: int,
         seed: int = 0,
         rotate: bool = False,
+        labels: Literal["task", "class"] = "task",
         imbalance: Imbalance | None = None,
         group: int = 1,
         device: torch.device | str = "cpu",
@@ -51,10 +53,12 @@ class Episodes:
             raise DataError(f"the data has no split {split!r}; it has {', '.join(data.splits)}")
         classes = np.asarray(data.splits[split])
         if len(classes) < ends(ways)[1]:
-            raise DataError(f"split {split!r} has {len(classes)} classes, fewer than the {ends(ways)[1]} ways of a task")
-        labels = data.labels.cpu().numpy()
-        order = np.argsort(labels, kind="stable")
-        counts = np.bincount(labels, minlength=len(data.class_names))
+            raise DataError(
+                f"split {split!r} has {len(classes)} classes, fewer than the {ends(ways)[1]} ways of a task"
+            )
+        of_images = data.labels.cpu().numpy()
+        order = np.argsort(of_images, kind="stable")
+        counts = np.bincount(of_images, minlength=len(data.class_names))
         for mean in ends(shots) if imbalance else ():
             imbalance.check(mean)
         most = imbalance.max if imbalance else ends(shots)[1]
@@ -70,7 +74,7 @@ class Episodes:
             raise DataError(f"rotate needs square images, found {tuple(data.images.shape[-2:])}")
         self.ways, self.shots, self.queries, self.imbalance, self.group = ways, shots, queries, imbalance, group
         self.seed, self.split, self.rotate = seed, split, rotate
-        self.class_names = data.class_names
+        self.class_names, self.labels = data.class_names, labels
         self._images = data.images.to(device)
         self._classes, self._counts = classes, counts
         self._order, self._first = order, np.concatenate([[0], np.cumsum(counts)[:-1]])
@@ -87,17 +91,24 @@ class Episodes:
     def batch(self, indices: Sequence[int]) -> Task:
         ways, shots = self._shape(indices)
         draws = [self._draw(index, ways, shots) for index in indices]
-        support, query, labels, turns = (
-            torch.as_tensor(np.stack(part)).to(self._images.device) for part in zip(*draws)
-        )
-        asked = torch.arange(ways, device=labels.device).repeat_interleave(self.queries).repeat(len(draws), 1)
-        return Task(self._pictures(support, labels, turns), labels, self._pictures(query, asked, turns), asked)
+        device = self._images.device
+        support, query, members, places, turns = (torch.as_tensor(np.stack(part)).to(device) for part in zip(*draws))
+        asked = torch.arange(ways, device=device).repeat_interleave(self.queries).repeat(len(draws), 1)
+        task = Task(self._pictures(support, members, turns), members, self._pictures(query, asked, turns), asked)
+        if self.labels == "class":
+            task = task._replace(support_y=places.gather(1, members), query_y=places.gather(1, asked))
+        return task
 
-    def _pictures(self, rows: Tensor, labels: Tensor, turns: Tensor) -> Tensor:
-        """The images of these numbers [T, N], each turned as its class, turns [T, ways], in 0..1."""
+    @property
+    def classes(self) -> int:
+        """How many classes the split has."""
+        return len(self._classes)
+
+    def _pictures(self, rows: Tensor, members: Tensor, turns: Tensor) -> Tensor:
+        """The images of these numbers [T, N], of these classes of their task [T, N], turned as turns [T, ways] say."""
         images = self._images[rows]  # [T, N, C, H, W]
         if self.rotate:
-            images = _turned(images, turns.gather(1, labels))
+            images = _turned(images, turns.gather(1, members))
         return images.to(torch.float32).div_(255)
 
     def _shape(self, indices: Sequence[int]) -> tuple[int, int]:
@@ -116,7 +127,8 @@ class Episodes:
 
     def _draw(self, index: int, ways: int, shots: int) -> _Draw:
         rng = np.random.default_rng([self.seed, crc32(self.split.encode()), index])
-        classes = rng.choice(self._classes, ways, replace=False)
+        places = rng.choice(len(self._classes), ways, replace=False)
+        classes = self._classes[places]
         # The smallest of random keys are a draw without replacement; classes with fewer images have no key beyond
         # their last.
         keys = rng.random((ways, self._most))
@@ -124,17 +136,22 @@ class Episodes:
         turns = rng.integers(0, 4, ways)
         sizes = self.imbalance.sizes(ways, shots, rng) if self.imbalance else np.full(ways, shots)
         chosen = np.argsort(keys, axis=1)[:, : sizes.max() + self.queries]
-        rows, place = self._order[self._first[classes][:, None] + chosen], np.arange(chosen.shape[1])
-        support, used = place < sizes[:, None], place < sizes[:, None] + self.queries
-        return _Draw(rows[support], rows[used & ~support], np.repeat(np.arange(ways), sizes), turns)
+        rows, column = self._order[self._first[classes][:, None] + chosen], np.arange(chosen.shape[1])
+        support, used = column < sizes[:, None], column < sizes[:, None] + self.queries
+        return _Draw(rows[support], rows[used & ~support], np.repeat(np.arange(ways), sizes), places, turns)
 
 
 class _Draw(NamedTuple):
-    """The image numbers of a task, support [N] and query [M], the support's labels [N], and quarter turns [ways]."""
+    """What a task is made of.
+
+    support [N], query [M]: numbers of images, ordered by class; members: the classes [N] of the support's, from 0;
+    places: of its classes [ways] among the split's; turns: their quarter turns [ways].
+    """
 
     support: np.ndarray
     query: np.ndarray
-    labels: np.ndarray
+    members: np.ndarray
+    places: np.ndarray
     turns: np.ndarray
 
 
