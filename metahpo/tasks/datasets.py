@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -63,8 +64,11 @@ def _item(dataset: Dataset, index: int) -> tuple[Any, int]:
         image, label = dataset[index]
     except (TypeError, ValueError) as error:
         raise DataError(f"item {index} of the dataset is no (image, label): {one_line(error)}") from error
-    number = label.item() if isinstance(label, (Tensor, np.generic)) and label.size in (1, torch.Size()) else label
-    if not isinstance(number, int) or number < 0:
+    try:
+        number = operator.index(label)  # Of NumPy's and torch's whole numbers too.
+    except TypeError:
+        number = -1
+    if number < 0:
         raise DataError(f"item {index} of the dataset has the label {label!r:.40}, expected a whole number from 0 on")
     return image, number
 
