@@ -6,6 +6,7 @@ import pickle
 import struct
 import sys
 import types
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -56,7 +57,7 @@ FC100_TEST = """baby beaver bee beetle boy butterfly caterpillar cockroach dolph
 class Python2Pickler(pickle._Pickler):
     """Writes what Python 2 wrote: byte strings, also for text, and NumPy by its old name."""
 
-    dispatch = dict(pickle._Pickler.dispatch)
+    dispatch: ClassVar[dict[Any, Any]] = dict(pickle._Pickler.dispatch)
 
     def save_string(self, value):
         data = value.encode("latin1") if isinstance(value, str) else value
