@@ -69,6 +69,17 @@ def test_the_digits_are_all_there_each_in_one_split():
     assert sorted(map(tuple, found.tolist())) == sorted(map(tuple, expected.tolist()))
 
 
+def test_what_the_fitted_baselines_reach_on_the_test_digits():
+    """The mean squared errors that a learner is to be below: of the mean training image, and of the support's mean."""
+    splits = digits_by_split()
+    batch = ImageCompletion(splits["test"], "test", shots=16).batch(range(400))
+    rows, columns = ((batch.query_x + 1) * 3.5).round().long().unbind(-1)
+    by_image = splits["train"].mean(0)[rows, columns] - batch.query_y[..., 0]
+    assert by_image.square().mean().item() == pytest.approx(0.0744, abs=5e-5)
+    by_support = batch.support_y.mean(1, keepdim=True) - batch.query_y
+    assert by_support.square().mean().item() == pytest.approx(0.1519, abs=5e-5)
+
+
 @pytest.mark.parametrize("settings", [{"shots": 12}, {"shots": 0}, {"shots": 6, "queries": 7}])
 def test_more_pixels_than_there_are_are_refused(settings):
     with pytest.raises(DataError, match="an image has 12 pixels; a task needs"):
