@@ -9,11 +9,10 @@ import torch
 
 from metahpo.config import RunConfig
 from metahpo.config_data import (
-    CIFARFSSettings,
+    CIFAR100Settings,
     CustomTasks,
     DatasetSettings,
     DigitsPixelsSettings,
-    FC100Settings,
     FolderSettings,
     GlyphsSettings,
     OmniglotSettings,
@@ -94,10 +93,10 @@ def load_images(data: Any) -> LabelledImages:
         from metahpo.tasks.images import load_image_folder
 
         return load_image_folder(data.root, size=data.size, channels=data.channels)
-    if isinstance(data, (CIFARFSSettings, FC100Settings)):
+    if isinstance(data, CIFAR100Settings):
         from metahpo.tasks.cifar import load_cifar_fs, load_fc100
 
-        load = load_cifar_fs if isinstance(data, CIFARFSSettings) else load_fc100
+        load = load_cifar_fs if data.source == "cifar_fs" else load_fc100
         return load(data.root, download=data.download)
     if isinstance(data, DatasetSettings):
         from metahpo.building_dataset import load_dataset

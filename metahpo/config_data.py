@@ -43,18 +43,10 @@ class FolderSettings(EpisodeSettings):
     rotate: bool = False
 
 
-class CIFARFSSettings(EpisodeSettings):
-    """CIFAR-FS (Bertinetto et al. 2019), 32x32, from CIFAR-100."""
+class CIFAR100Settings(EpisodeSettings):
+    """CIFAR-FS (Bertinetto et al. 2019) or FC100 (Oreshkin et al. 2018), 32x32, from CIFAR-100."""
 
-    source: Literal["cifar_fs"]
-    root: Path = Field(default=Path("data/cifar100"), description="where the folder cifar-100-python is")
-    download: bool = Field(default=False, description="fetch it by torchvision if it is not there")
-
-
-class FC100Settings(EpisodeSettings):
-    """FC100 (Oreshkin et al. 2018), 32x32, from CIFAR-100."""
-
-    source: Literal["fc100"]
+    source: Literal["cifar_fs", "fc100"]
     root: Path = Field(default=Path("data/cifar100"), description="where the folder cifar-100-python is")
     download: bool = Field(default=False, description="fetch it by torchvision if it is not there")
 
@@ -113,8 +105,8 @@ DATA: dict[str, type[Settings]] = {
     "glyphs": GlyphsSettings,
     "omniglot": OmniglotSettings,
     "folder": FolderSettings,
-    "cifar_fs": CIFARFSSettings,
-    "fc100": FC100Settings,
+    "cifar_fs": CIFAR100Settings,
+    "fc100": CIFAR100Settings,
     "dataset": DatasetSettings,
     "digits_pixels": DigitsPixelsSettings,
     "sinusoid": SinusoidSettings,

@@ -27,7 +27,7 @@ FC100_TEST = "aquatic_mammals insects medium_mammals people"
 
 
 def load_cifar_fs(root: str | os.PathLike[str], *, download: bool = False) -> LabelledImages:
-    """CIFAR-FS (Bertinetto et al. 2019, section 4.1): 64 train, 16 val and 20 test classes of CIFAR-100.
+    """CIFAR-FS (Bertinetto et al. 2019): 64 train, 16 val and 20 test classes of CIFAR-100.
 
     root: holds cifar-100-python, the archive's folder with the files train, test and meta, which are read together.
     images: uint8 [60000, 3, 32, 32], 600 a class; classes are named and numbered as in CIFAR-100. download=True fetches
@@ -38,7 +38,7 @@ def load_cifar_fs(root: str | os.PathLike[str], *, download: bool = False) -> La
 
 
 def load_fc100(root: str | os.PathLike[str], *, download: bool = False) -> LabelledImages:
-    """FC100 (Oreshkin et al. 2018, section 4.1): the classes of 12 train, 4 val and 4 test superclasses of CIFAR-100,
+    """FC100 (Oreshkin et al. 2018): the classes of 12 train, 4 val and 4 test superclasses of CIFAR-100,
     60, 20 and 20 of them. Else as ``load_cifar_fs``."""
     images, fine, coarse, names, coarse_names = _read(Path(root), download)
     above = dict(zip(fine.tolist(), coarse.tolist()))

@@ -20,7 +20,7 @@ def ends(count: Count) -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class Imbalance:
-    """Support sets with ``min`` to ``max`` images a class, their total ways x shots (Ochal et al. 2023, section III).
+    """Support sets with ``min`` to ``max`` images a class, their total ways x shots (Ochal et al. 2023).
 
     kind: "linear", evenly spaced from min to max, whose mean is the shots; "step", as many classes of min and of max as
     the total allows, and one between where that does not come out; "random", each size uniform in min..max, given the
@@ -49,7 +49,7 @@ class Imbalance:
         if self.kind == "random":
             return np.array(list(self._random(ways, ways * shots, rng)))
         if self.kind == "linear":
-            # The ends stand out by half, so that after rounding no size has a smaller share than the others.
+            # From almost half below min to half above max: so min and max get as many classes as other sizes.
             sizes = np.around(np.linspace(self.min - 0.49, self.max + 0.49, ways)).astype(int)
         else:
             more = ways * (shots - self.min)  # To hand out, to one class after the other.
