@@ -12,7 +12,6 @@ from metahpo import torchrun
 from metahpo.building_data import SPLITS, build_tasks, load_images
 from metahpo.building_learner import build_learner
 from metahpo.config import RunConfig
-from metahpo.config_data import OmniglotSettings
 from metahpo.config_learners import LinearHeadSettings
 from metahpo.custom import brief, check_learner, reason
 from metahpo.errors import CheckpointError, ConfigError, did_you_mean
@@ -32,7 +31,7 @@ def build(
     All ranks of a run call it together; what cannot work on one stops all.
     """
     ranks = current()
-    if ranks.size > 1 and isinstance(config.data, OmniglotSettings) and config.data.download:
+    if ranks.size > 1 and getattr(config.data, "download", False):
         with ranks.agreed():
             if not torchrun.local_rank():  # One process a machine, lest several write the same file.
                 load_images(config.data)

@@ -8,7 +8,16 @@ from typing import Any
 import torch
 
 from metahpo.config import RunConfig
-from metahpo.config_data import CustomTasks, FolderSettings, GlyphsSettings, OmniglotSettings, SinusoidSettings
+from metahpo.config_data import (
+    CIFAR100Settings,
+    CustomTasks,
+    DatasetSettings,
+    DigitsPixelsSettings,
+    FolderSettings,
+    GlyphsSettings,
+    OmniglotSettings,
+    SinusoidSettings,
+)
 from metahpo.config_learners import LinearHeadSettings
 from metahpo.custom import call, check_source, reason
 from metahpo.errors import ConfigError
@@ -43,6 +52,16 @@ def build_tasks(
     queries = {s: data.queries if s == "train" or data.eval_queries is None else data.eval_queries for s in splits}
     if isinstance(data, SinusoidSettings):
         return {s: Sinusoid(s, shots=data.shots, queries=queries[s], seed=seed) for s in splits}
+    if isinstance(data, DigitsPixelsSettings):
+        from metahpo.tasks.completion import ImageCompletion, digits_by_split
+
+        digits = digits_by_split()
+        return {
+            s: ImageCompletion(
+                digits[s].to(settings.torch_device()), s, shots=data.shots, queries=queries[s], seed=seed
+            )
+            for s in splits
+        }
     images, rotate = images or load_images(config.data), getattr(data, "rotate", False)
     images = replace(images, images=images.images.to(settings.torch_device()))
     by_class = isinstance(config.learner, LinearHeadSettings)
@@ -50,9 +69,11 @@ def build_tasks(
         split: Episodes(
             images,
             split,
-            ways=data.ways,
-            shots=data.shots,
+            ways=data.shape(split)[0],
+            shots=data.shape(split)[1],
             queries=queries[split],
+            imbalance=data.uneven(),
+            group=settings.tasks,
             seed=seed,
             rotate=rotate and split == "train",
             labels="class" if by_class and split == "train" else "task",
@@ -75,6 +96,15 @@ def load_images(data: Any) -> LabelledImages:
         from metahpo.tasks.images import load_image_folder
 
         return load_image_folder(data.root, size=data.size, channels=data.channels)
+    if isinstance(data, CIFAR100Settings):
+        from metahpo.tasks.cifar import load_cifar_fs, load_fc100
+
+        load = load_cifar_fs if data.source == "cifar_fs" else load_fc100
+        return load(data.root, download=data.download)
+    if isinstance(data, DatasetSettings):
+        from metahpo.building_dataset import load_dataset
+
+        return load_dataset(data)
     raise ConfigError(f"data.source {data.source!r} holds no images")
 
 

@@ -10,6 +10,7 @@ from torch import nn
 from metahpo import learners
 from metahpo.building_net import build_net, check_net, outputs_of
 from metahpo.config import RunConfig
+from metahpo.config_episodes import EpisodeSettings
 from metahpo.config_learners import CustomLearner, LinearHeadSettings, ProtoNetSettings
 from metahpo.custom import call
 from metahpo.errors import ConfigError
@@ -41,7 +42,7 @@ def build_learner(config: RunConfig, tasks: dict[str, TaskSource]) -> MetaLearne
     Raises NetError if the net cannot take the inputs or its output does not fit the targets, ConfigError if the learner
     does not fit the data.
     """
-    example = _example(config, tasks)
+    example = _widest(config, _example(config, tasks))
     regression = example.query_y.is_floating_point()
     loss = F.mse_loss if regression else F.cross_entropy
     settings = config.learner
@@ -66,6 +67,15 @@ def _example(config: RunConfig, tasks: dict[str, TaskSource]) -> Task:
     """A task as the learner meets it in evaluation, which says how many outputs the net has."""
     split = next(reversed(tasks)) if isinstance(config.learner, LinearHeadSettings) else next(iter(tasks))
     return tasks[split].task(0)
+
+
+def _widest(config: RunConfig, example: Task) -> Task:
+    """The example with the highest label that any of the run's tasks has: where ways vary, it may lack that itself."""
+    if not isinstance(config.data, EpisodeSettings) or example.query_y.is_floating_point():
+        return example
+    labels = example.query_y.clone()
+    labels[-1] = labels[-1].clamp(min=config.data.most_ways - 1)
+    return example._replace(query_y=labels)
 
 
 def _baseline(settings: Any, net: nn.Module, ways: int, tasks: dict[str, TaskSource]) -> MetaLearner:

@@ -2,24 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
+from metahpo.config_episodes import EpisodeSettings
 from metahpo.config_union import CustomName
 from metahpo.training.settings import Settings
 
-
-class EpisodeSettings(Settings):
-    """N-way K-shot tasks."""
-
-    ways: int = Field(default=5, ge=2)
-    shots: int = Field(default=1, ge=1)
-    queries: int = Field(default=15, ge=1, description="query images a class in training")
-    eval_queries: int | None = Field(
-        default=None, ge=1, description="the same in validation and test; null: as in training"
-    )
+Fraction = Annotated[float, Field(gt=0, lt=1)]
 
 
 class GlyphsSettings(EpisodeSettings):
@@ -41,13 +34,55 @@ class OmniglotSettings(EpisodeSettings):
 
 
 class FolderSettings(EpisodeSettings):
-    """Images in ROOT/{train,val,test}/CLASS/."""
+    """Images in ROOT/{train,val,test}/CLASS/, or in ROOT/images/ with ROOT/{train,val,test}.csv (filename,label)."""
 
     source: Literal["folder"]
     root: Path
     size: int = Field(default=84, ge=1, description="height and width in pixels")
     channels: Literal[1, 3] = 3
     rotate: bool = False
+
+
+class CIFAR100Settings(EpisodeSettings):
+    """CIFAR-FS (Bertinetto et al. 2019) or FC100 (Oreshkin et al. 2018), 32x32, from CIFAR-100."""
+
+    source: Literal["cifar_fs", "fc100"]
+    root: Path = Field(default=Path("data/cifar100"), description="where the folder cifar-100-python is")
+    download: bool = Field(default=False, description="fetch it by torchvision if it is not there")
+
+
+class DatasetSettings(EpisodeSettings):
+    """Any data set of labelled images: of torchvision by its name, or your own MODULE:FUNCTION."""
+
+    source: Literal["dataset"]
+    dataset: str = Field(description="a class of torchvision.datasets, or MODULE:FUNCTION, which gives a Dataset")
+    args: dict[str, Any] = Field(default_factory=dict, description="what it is called with (root, download, ...)")
+    size: int | None = Field(default=None, ge=1, description="height and width in pixels; null: as they are, all alike")
+    channels: Literal[1, 3, None] = Field(default=None, description="null: as they are")
+    fractions: tuple[Fraction, Fraction, Fraction] = Field(
+        default=(0.64, 0.16, 0.2), description="of the classes in train, val and test"
+    )
+    class_seed: int = Field(default=0, ge=0, description="mixes the classes before that")
+
+    @property
+    def download(self) -> bool:
+        return bool(self.args.get("download"))
+
+    @field_validator("fractions")
+    @classmethod
+    def _whole(cls, parts: tuple[float, ...]) -> tuple[float, ...]:
+        if not math.isclose(sum(parts), 1, abs_tol=1e-6):
+            raise ValueError("should have the sum 1")
+        return parts
+
+
+class DigitsPixelsSettings(Settings):
+    """Image completion on scikit-learn's 1,797 handwritten digits, 8x8: an image a task, intensity from place."""
+
+    source: Literal["digits_pixels"]
+    shots: int = Field(default=16, ge=1, le=63, description="pixels of the support set")
+    queries: int | None = Field(default=None, ge=1, description="pixels of the query set; null: all the others")
+    eval_queries: int | None = Field(default=None, ge=1, description="the same in validation and test")
 
 
 class SinusoidSettings(Settings):
@@ -70,6 +105,10 @@ DATA: dict[str, type[Settings]] = {
     "glyphs": GlyphsSettings,
     "omniglot": OmniglotSettings,
     "folder": FolderSettings,
+    "cifar_fs": CIFAR100Settings,
+    "fc100": CIFAR100Settings,
+    "dataset": DatasetSettings,
+    "digits_pixels": DigitsPixelsSettings,
     "sinusoid": SinusoidSettings,
     "custom": CustomTasks,
 }

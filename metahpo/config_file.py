@@ -7,8 +7,9 @@ import json
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from inspect import isclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -156,7 +157,8 @@ def _line(error: dict[str, Any], tree: Mapping[str, Any], schema: Schema) -> str
     path, found = ".".join(map(str, loc)), error["input"]
     kind = error["type"]
     if kind == "extra_forbidden":
-        known = list((model or schema.model).model_fields)
+        inner = _section(model or schema.model, loc[1:-1] if model else loc[:-1])
+        known = list(inner.model_fields)
         return f"unknown key {path!r}; {did_you_mean(str(loc[-1]), known)}"
     if kind == "missing":
         return f"key {path!r} is missing"
@@ -169,6 +171,14 @@ def _line(error: dict[str, Any], tree: Mapping[str, Any], schema: Schema) -> str
     # A validator's own words may tell what was found.
     said = kind == "value_error" and (isinstance(found, Mapping) or repr(found) in expected)
     return f"{path}: {expected}" if said else f"{path}: {expected}, found {found!r}"
+
+
+def _section(model: type[BaseModel], keys: Sequence[Any]) -> type[BaseModel]:
+    """The model of the section that lies under these keys of a model's own."""
+    for key in keys:
+        annotation = model.model_fields[key].annotation
+        model = next((k for k in (annotation, *get_args(annotation)) if isclass(k) and issubclass(k, BaseModel)), model)
+    return model
 
 
 def _converted(tree: Any, settings: Any, path: str = "") -> Iterator[str]:

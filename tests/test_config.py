@@ -52,10 +52,11 @@ def test_there_are_shipped_configs():
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda p: str(p.relative_to(CONFIGS)))
 def test_a_shipped_config_loads_and_is_what_its_name_says(path):
     config = load_config(path)
-    folder = path.relative_to(CONFIGS).parts[0]
-    source, *numbers = folder.split("_")
-    assert config.data.source == source
-    found = {kind: int(n) for n, kind in (re.fullmatch(r"(\d+)(way|shot)", part).groups() for part in numbers)}
+    parts = path.relative_to(CONFIGS).parts[0].split("_")
+    numbers = [re.fullmatch(r"(\d+)(?:to(\d+))?(way|shot)", part) for part in parts]
+    source = "_".join(part for part, number in zip(parts, numbers) if not number)
+    assert config.data.source == {"mini_imagenet": "folder"}.get(source, source)
+    found = {m[3]: (int(m[1]), int(m[2])) if m[2] else int(m[1]) for m in numbers if m}
     assert found == {kind: getattr(config.data, f"{kind}s") for kind in found}
     assert "shot" in found
     if path.stem in LEARNERS:

@@ -42,8 +42,8 @@ class CAVIA(MAML):
     section 5.3).
 
     net and the rest: as in ``MAML``. context: its size. after: the name of the layer that is followed by the FiLM
-    layer; by default the last but one of the net's batch norms (before which a scale and shift would have no effect),
-    or its first layer with weights where it has none.
+    layer; by default the last of the net's batch norms (before which a scale and shift would have no effect), or its
+    first layer with weights where it has none.
     """
 
     def __init__(self, net: nn.Module, *, context: int = 100, after: str | None = None, **options: Any):
@@ -63,7 +63,7 @@ class CAVIA(MAML):
 
 def _place(net: nn.Module) -> str:
     names = [name for name, module in net.named_modules() if isinstance(module, NORMS)]
-    return names[-2:][0] if names else next(name for name, m in net.named_modules() if isinstance(m, LAYERS))
+    return names[-1] if names else next(name for name, m in net.named_modules() if isinstance(m, LAYERS))
 
 
 def _channels(layer: nn.Module) -> int:

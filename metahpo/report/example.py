@@ -13,6 +13,7 @@ from torch import Tensor
 
 from metahpo.learners.base import MetaLearner
 from metahpo.learners.phase import Phase
+from metahpo.report.completion import CompletionExample, completion_example, draw_completion
 from metahpo.tasks.task import Task
 
 KINDS = ("after", "before")
@@ -62,21 +63,28 @@ class CurveExample:
     errors: dict[str, float]
 
 
+Example = ImageExample | CurveExample | CompletionExample
+
+
 @torch.no_grad()
-def example(learner: MetaLearner, task: Task) -> ImageExample | CurveExample | None:
-    """The example of one task; None unless it maps images to labels or single numbers to single numbers."""
+def example(learner: MetaLearner, task: Task) -> Example | None:
+    """The example of one task; None unless it maps images to labels, or one number or places of a grid to a number."""
     device = next((p.device for p in learner.parameters()), task.support_x.device)
     task = task.to(device)
     if task.query_y.is_floating_point():
         single = all(t.numel() == len(t) for t in task)
+        if not single and task.query_x.shape[1:] == (2,) and task.query_y.shape[1:] == (1,):
+            return completion_example(learner, task)
         return _curve_example(learner, task) if single else None
     if task.query_x.dim() == 4 and task.query_x.shape[1] in (1, 3):
         return _image_example(learner, task)
     return None
 
 
-def draw_example(data: ImageExample | CurveExample) -> Figure:
+def draw_example(data: Example) -> Figure:
     """The picture of an example."""
+    if isinstance(data, CompletionExample):
+        return draw_completion(data)
     return _draw_images(data) if isinstance(data, ImageExample) else _draw_curves(data)
 
 

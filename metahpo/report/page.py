@@ -14,8 +14,9 @@ from matplotlib.figure import Figure
 
 from metahpo.errors import DataError
 from metahpo.learners.base import MetaLearner
+from metahpo.report.completion import CompletionExample
 from metahpo.report.curves import draw_curves, learning_curves
-from metahpo.report.example import CurveExample, draw_example, example
+from metahpo.report.example import CurveExample, ImageExample, draw_example, example
 from metahpo.report.rates import Rates, draw_rates, inner_rates, rates_table
 from metahpo.tasks.task import Task
 from metahpo.training.checkpoint import write_atomically
@@ -28,6 +29,13 @@ EXPLANATION = (
 SAME = (
     "This learner predicts each query independently of the others, so transductive and inductive accuracy are the same."
 )
+
+EXAMPLES = {
+    CurveExample: "The predicted curve before and after adapting to the support points.",
+    CompletionExample: "An image before and after adapting to the pixels given.",
+    ImageExample: "Some queries of a task: the predicted class and its probability. "
+    "A green frame: right after adapting.",
+}
 
 
 def write_report(run_dir: str | Path, learner: MetaLearner, example_task: Task, title: str | None = None) -> Path:
@@ -55,7 +63,7 @@ def write_report(run_dir: str | Path, learner: MetaLearner, example_task: Task, 
         "Bands are 95% confidence intervals over the validation tasks. The training loss is the outer loop's own "
         "objective: with a multi-step loss, the weighted sum over the inner steps.",
         _rates(rates, heat_map) if rates else "",
-        _example(isinstance(shown, CurveExample)) if picture else "",
+        f"## An example task\n\n{EXAMPLES[type(shown)]}\n\n![example task](example.png)" if picture else "",
         config_block(run_dir / "config.yaml"),
         versions_table(versions) if versions else "",
     ]
@@ -175,13 +183,6 @@ def _rates(rates: Rates, heat_map: bool) -> str:
     )
     picture = "![inner rates](rates.png)\n\n" if heat_map else ""
     return f"## Inner rates\n\n{what}\n\n{picture}{rates_table(rates)}"
-
-
-def _example(regression: bool) -> str:
-    what = "The predicted curve before and after adapting to the support points."
-    if not regression:
-        what = "Some queries of a task: the predicted class and its probability. A green frame: right after adapting."
-    return f"## An example task\n\n{what}\n\n![example task](example.png)"
 
 
 def config_block(path: Path) -> str:

@@ -14,7 +14,7 @@ import numpy as np
 
 from metahpo.building_data import load_images
 from metahpo.config import RunConfig
-from metahpo.config_data import CustomTasks, SinusoidSettings
+from metahpo.config_episodes import EpisodeSettings
 from metahpo.config_file import load_config, validate
 from metahpo.errors import SearchError, did_you_mean
 from metahpo.searchers.outcome import Outcome
@@ -192,12 +192,12 @@ class TrainingObjective:
 
     def _images(self, config: RunConfig, part: str, budget: float | None) -> LabelledImages | None:
         """The images of a training with its own splits; None where they are the data's."""
-        if isinstance(config.data, (CustomTasks, SinusoidSettings)):
+        if not isinstance(config.data, EpisodeSettings):
             if self.folds is not None or self.fidelity == "data":
                 what = "folds" if self.folds is not None else "fidelity data"
                 raise SearchError(f"{what}: needs images with classes; data.source {config.data.source!r} has none")
             return None
-        images = _loaded(config.data)  # type: ignore[arg-type]
+        images = _loaded(type(config.data), config.data.model_dump_json())
         train, val = (tuple(images.splits[split]) for split in ("train", "val"))
         if self.folds is not None:
             mixed = _mixed((*train, *val), config.training.seed)
@@ -206,7 +206,7 @@ class TrainingObjective:
             train = tuple(c for c in mixed if c not in set(val))
         if self.fidelity == "data" and budget is not None and budget < 1:
             # The classes of a fraction are among those of a larger one.
-            train = _mixed(train, config.training.seed)[: max(math.ceil(budget * len(train)), config.data.ways)]
+            train = _mixed(train, config.training.seed)[: max(math.ceil(budget * len(train)), config.data.most_ways)]
         return replace(images, splits={**images.splits, "train": train, "val": val})
 
 
@@ -229,6 +229,6 @@ def _mixed(classes: tuple[int, ...], seed: int) -> tuple[int, ...]:
 
 
 @lru_cache(maxsize=2)
-def _loaded(data: Any) -> LabelledImages:
-    """The images that a config's section ``data`` names, read once in a process."""
-    return load_images(data)
+def _loaded(kind: type[EpisodeSettings], settings: str) -> LabelledImages:
+    """The images that a config's section ``data`` names, read once in a process; settings: the section as JSON."""
+    return load_images(kind.model_validate_json(settings))

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Literal
+from typing import Literal, NamedTuple
 from zlib import crc32
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from metahpo.errors import DataError
+from metahpo.tasks.datasets import labelled
 from metahpo.tasks.labelled import LabelledImages
+from metahpo.tasks.shots import Count, Imbalance, ends
 from metahpo.tasks.task import Task
 
 
@@ -24,7 +25,11 @@ class Episodes:
     different. Images come as float32 [N, C, H, W] in 0..1, labels as int64 0..ways-1; sets are ordered by class.
     labels: "task" for those, or "class" for a class's place among the split's, 0..``classes``-1, the same in all tasks.
     rotate: each class of a task is turned by a random multiple of 90 degrees (the augmentation of Santoro et al. 2016;
-    square images).
+    square images). imbalance: support images are unevenly many from class to class, ``shots`` on average.
+
+    ways, shots: a number, or a range (low, high), from which they are drawn once for tasks 0 to group - 1, for group to
+    2 group - 1, and so on. A batch is a stack of tasks of one shape, so it must lie within one such group: give the
+    number of tasks of a training's batch. Other batches raise DataError.
 
     Images stay uint8 on ``device`` until a batch is drawn; a batch is assembled without a loop over images.
     """
@@ -34,40 +39,41 @@ class Episodes:
         data: LabelledImages,
         split: str,
         *,
-        ways: int,
-        shots: int,
+        ways: Count,
+        shots: Count,
         queries: int,
         seed: int = 0,
         rotate: bool = False,
         labels: Literal["task", "class"] = "task",
+        imbalance: Imbalance | None = None,
+        group: int = 1,
         device: torch.device | str = "cpu",
     ):
         if split not in data.splits:
             raise DataError(f"the data has no split {split!r}; it has {', '.join(data.splits)}")
         classes = np.asarray(data.splits[split])
-        if len(classes) < ways:
-            raise DataError(f"split {split!r} has {len(classes)} classes, fewer than the {ways} ways of a task")
+        if len(classes) < ends(ways)[1]:
+            raise DataError(
+                f"split {split!r} has {len(classes)} classes, fewer than the {ends(ways)[1]} ways of a task"
+            )
         of_images = data.labels.cpu().numpy()
         order = np.argsort(of_images, kind="stable")
         counts = np.bincount(of_images, minlength=len(data.class_names))
-        need, short = shots + queries, [c for c in classes if counts[c] < shots + queries]
+        for mean in ends(shots) if imbalance else ():
+            imbalance.check(mean)
+        most = imbalance.max if imbalance else ends(shots)[1]
+        need, short = most + queries, [c for c in classes if counts[c] < most + queries]
         if short:
             name, count = data.class_names[short[0]], counts[short[0]]
             more = f" (and {len(short) - 1} more such classes)" if len(short) > 1 else ""
             raise DataError(
                 f"class {name!r} of split {split!r} has {count} images; "
-                f"a task needs {need} ({shots} shots + {queries} queries){more}"
+                f"a task needs {need} ({most} shots + {queries} queries){more}"
             )
         if rotate and data.images.shape[-1] != data.images.shape[-2]:
             raise DataError(f"rotate needs square images, found {tuple(data.images.shape[-2:])}")
-        self.ways, self.shots, self.queries, self.seed, self.split, self.rotate = (
-            ways,
-            shots,
-            queries,
-            seed,
-            split,
-            rotate,
-        )
+        self.ways, self.shots, self.queries, self.imbalance, self.group = ways, shots, queries, imbalance, group
+        self.seed, self.split, self.rotate = seed, split, rotate
         self.class_names, self.labels = data.class_names, labels
         self._images = data.images.to(device)
         self._classes, self._counts = classes, counts
@@ -83,72 +89,74 @@ class Episodes:
         return self.batch([index]).select(0)
 
     def batch(self, indices: Sequence[int]) -> Task:
-        draws = [self._draw(index) for index in indices]
-        rows, turns, classes = (torch.as_tensor(np.stack(parts)) for parts in zip(*draws))
-        images = self._images[rows.to(self._images.device)]  # [T, ways, shots + queries, C, H, W]
-        if self.rotate:
-            images = _turned(images, turns.to(images.device))
-        images = images.to(torch.float32).div_(255)
-        support, query = images.split([self.shots, self.queries], dim=2)
-        labels = classes if self.labels == "class" else torch.arange(self.ways).expand(len(draws), self.ways)
-        labels = labels.to(images.device)
-        return Task(
-            support.flatten(1, 2),
-            labels.repeat_interleave(self.shots, 1),
-            query.flatten(1, 2),
-            labels.repeat_interleave(self.queries, 1),
-        )
+        ways, shots = self._shape(indices)
+        draws = [self._draw(index, ways, shots) for index in indices]
+        device = self._images.device
+        support, query, members, places, turns = (torch.as_tensor(np.stack(part)).to(device) for part in zip(*draws))
+        asked = torch.arange(ways, device=device).repeat_interleave(self.queries).repeat(len(draws), 1)
+        task = Task(self._pictures(support, members, turns), members, self._pictures(query, asked, turns), asked)
+        if self.labels == "class":
+            task = task._replace(support_y=places.gather(1, members), query_y=places.gather(1, asked))
+        return task
 
     @property
     def classes(self) -> int:
         """How many classes the split has."""
         return len(self._classes)
 
-    def _draw(self, index: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """The image numbers [ways, shots + queries] of a task, its quarter turns and its classes' places [ways]."""
+    def _pictures(self, rows: Tensor, members: Tensor, turns: Tensor) -> Tensor:
+        """The images of these numbers [T, N], of these classes of their task [T, N], turned as turns [T, ways] say."""
+        images = self._images[rows]  # [T, N, C, H, W]
+        if self.rotate:
+            images = _turned(images, turns.gather(1, members))
+        return images.to(torch.float32).div_(255)
+
+    def _shape(self, indices: Sequence[int]) -> tuple[int, int]:
+        """The ways and (mean) shots that all these tasks have."""
+        if isinstance(self.ways, int) and isinstance(self.shots, int):
+            return self.ways, self.shots
+        groups = {index // self.group for index in indices}
+        if len(groups) > 1:
+            raise DataError(
+                f"tasks {min(indices)} to {max(indices)} do not stack: ways and shots are drawn for each "
+                f"{self.group} tasks in turn; a batch must lie within them"
+            )
+        rng = np.random.default_rng([self.seed, crc32(self.split.encode()), *groups, 1])
+        ways, shots = (int(rng.integers(low, high + 1)) for low, high in map(ends, (self.ways, self.shots)))
+        return ways, shots
+
+    def _draw(self, index: int, ways: int, shots: int) -> _Draw:
         rng = np.random.default_rng([self.seed, crc32(self.split.encode()), index])
-        places = rng.choice(len(self._classes), self.ways, replace=False)
+        places = rng.choice(len(self._classes), ways, replace=False)
         classes = self._classes[places]
         # The smallest of random keys are a draw without replacement; classes with fewer images have no key beyond
         # their last.
-        keys = rng.random((self.ways, self._most))
+        keys = rng.random((ways, self._most))
         keys[np.arange(self._most) >= self._counts[classes][:, None]] = 2.0
-        chosen = np.argsort(keys, axis=1)[:, : self.shots + self.queries]
-        return self._order[self._first[classes][:, None] + chosen], rng.integers(0, 4, self.ways), places
+        turns = rng.integers(0, 4, ways)
+        sizes = self.imbalance.sizes(ways, shots, rng) if self.imbalance else np.full(ways, shots)
+        chosen = np.argsort(keys, axis=1)[:, : sizes.max() + self.queries]
+        rows, column = self._order[self._first[classes][:, None] + chosen], np.arange(chosen.shape[1])
+        support, used = column < sizes[:, None], column < sizes[:, None] + self.queries
+        return _Draw(rows[support], rows[used & ~support], np.repeat(np.arange(ways), sizes), places, turns)
 
 
-def labelled(dataset: Dataset, classes: Mapping[str, Sequence[int]]) -> LabelledImages:
-    """Reads a map-style dataset of (image, label) into memory; classes: the labels of each split.
+class _Draw(NamedTuple):
+    """What a task is made of.
 
-    Raises DataError for an empty dataset, and for the first image that is neither PIL nor uint8 [C, H, W] or differs in
-    size.
+    support [N], query [M]: numbers of images, ordered by class; members: the classes [N] of the support's, from 0;
+    places: of its classes [ways] among the split's; turns: their quarter turns [ways].
     """
-    pairs = [dataset[index] for index in range(len(dataset))]  # type: ignore[arg-type]
-    if not pairs:
-        raise DataError("the dataset is empty")
-    images = [_as_uint8(image, index) for index, (image, _) in enumerate(pairs)]
-    for index, image in enumerate(images):
-        if image.shape != images[0].shape:
-            raise DataError(f"item {index} of the dataset is {list(image.shape)}, item 0 {list(images[0].shape)}")
-    labels = torch.tensor([int(label) for _, label in pairs])
-    count = max(int(labels.max()), *(max(c) for c in classes.values() if len(c))) + 1
-    splits = {split: tuple(int(c) for c in members) for split, members in classes.items()}
-    return LabelledImages(torch.stack(images), labels, tuple(str(i) for i in range(count)), splits)
 
-
-def _as_uint8(image: object, index: int) -> Tensor:
-    """A PIL image (grey or made RGB) or a uint8 tensor [C, H, W] as the latter."""
-    if isinstance(image, Image.Image):
-        pixels = torch.as_tensor(np.array(image.convert("L" if image.mode in ("1", "L") else "RGB")))
-        return pixels[None] if pixels.dim() == 2 else pixels.permute(2, 0, 1)
-    if isinstance(image, Tensor) and image.dtype == torch.uint8 and image.dim() == 3:
-        return image
-    found = f"{image.dtype} {list(image.shape)}" if isinstance(image, Tensor) else type(image).__name__
-    raise DataError(f"item {index} of the dataset is {found}; expected a PIL image or uint8 [C, H, W]")
+    support: np.ndarray
+    query: np.ndarray
+    members: np.ndarray
+    places: np.ndarray
+    turns: np.ndarray
 
 
 def _turned(images: Tensor, turns: Tensor) -> Tensor:
-    """Turns the images [T, ways, n, C, H, W] of each class by turns [T, ways] quarter turns."""
+    """Turns the images [T, N, C, H, W] by turns [T, N] quarter turns."""
     out = images.clone()
     for quarter in (1, 2, 3):
         chosen = turns == quarter

@@ -1,4 +1,4 @@
-"""Images from files: a folder of class folders per split, and the decoding that other image data sets share."""
+"""Images from files: class folders, or tables of file names and labels, and the decoding that other sets share."""
 
 from __future__ import annotations
 
@@ -14,42 +14,70 @@ from torch import Tensor
 
 from metahpo.errors import DataError
 from metahpo.tasks.labelled import LabelledImages
+from metahpo.tasks.tables import read_table
 
 SPLITS = ("train", "val", "test")
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
 MODES = {1: "L", 3: "RGB"}
 
+Classes = dict[str, dict[str, list[Path]]]  # The files of each class of each split.
+
 
 def load_image_folder(root: str | os.PathLike[str], *, size: int, channels: int = 3) -> LabelledImages:
-    """Images laid out as root/{train,val,test}/CLASS/FILE, with FILE a png, jpg, jpeg, bmp or webp.
+    """Images laid out as root/{train,val,test}/CLASS/FILE, with FILE a png, jpg, jpeg, bmp or webp, or all together in
+    root/images with the tables root/{train,val,test}.csv, as mini-ImageNet is shared (Ravi and Larochelle 2017): a
+    header "filename,label", then a row an image. A root with train.csv is read as the latter.
 
     images: uint8 [M, channels, size, size] in 0..255, sorted by split, class and file name; channels is 1 (grey) or 3
     (RGB), and images of another shape are resized (Lanczos) to size x size pixels. Class names are "SPLIT/CLASS": a
-    folder name met in two splits makes two classes. Hidden files and files of other kinds are passed over.
-    Raises DataError, naming the path, if root, a split or a split's classes are missing, if a class folder holds no
-    image or if a file cannot be decoded.
+    folder name met in two splits makes two classes, a label in two tables is refused. Hidden files and files of other
+    kinds are passed over in folders.
+    Raises DataError, naming the path (and row), if root, a split or a split's classes are missing, if a class folder
+    holds no image, if a table is not as above or names a file that is not there or named already, or if a file cannot
+    be decoded.
     """
     if channels not in MODES or size < 1:
         raise DataError(
             f"image folder: found channels={channels} and size={size}, expected 1 or 3 channels and size >= 1"
         )
-    files, labels, names = [], [], []
-    splits = {}
+    classes = _tables(Path(root)) if (Path(root) / f"{SPLITS[0]}.csv").is_file() else _folders(Path(root))
+    files = [file for split in SPLITS for found in classes[split].values() for file in found]
+    sizes = [len(found) for split in SPLITS for found in classes[split].values()]
+    names = tuple(f"{split}/{name}" for split in SPLITS for name in classes[split])
+    labels = torch.arange(len(names)).repeat_interleave(torch.tensor(sizes))
+    splits = {split: tuple(i for i, name in enumerate(names) if name.startswith(f"{split}/")) for split in SPLITS}
+    return LabelledImages(_read_all(files, size, channels), labels, names, splits)
+
+
+def _tables(root: Path) -> Classes:
+    """The files of each class of each split, from tables."""
+    splits: Classes = {}
+    rows: dict[str, str] = {}  # Where a file or label was met first.
     for split in SPLITS:
-        folders = _class_folders(Path(root), split)
-        splits[split] = tuple(range(len(names), len(names) + len(folders)))
-        for folder in folders:
-            found = _image_files(folder)
-            files += found
-            labels += [len(names)] * len(found)
-            names.append(f"{split}/{folder.name}")
-    images = _read_all(files, size, channels)
-    return LabelledImages(images, torch.tensor(labels), tuple(names), splits)
+        found: dict[str, list[Path]] = {}
+        for place, filename, label in read_table(root / f"{split}.csv"):
+            file = root / "images" / filename
+            if filename in rows:
+                raise DataError(f"{place}: {filename!r} is in {rows[filename]} already")
+            if not file.is_file():
+                raise DataError(f"{place}: {file}: no such file")
+            for other, classes in splits.items():
+                if label in classes:
+                    raise DataError(f"{place}: label {label!r} is a class of {other}.csv already")
+            rows[filename] = place
+            found.setdefault(label, []).append(file)
+        splits[split] = {name: sorted(found[name]) for name in sorted(found)}
+    return splits
+
+
+def _folders(root: Path) -> Classes:
+    """The files of each class of each split, from folders."""
+    return {split: {folder.name: _image_files(folder) for folder in _class_folders(root, split)} for split in SPLITS}
 
 
 def _class_folders(root: Path, split: str) -> list[Path]:
     """The class folders of a split, sorted by name; DataError if there are none."""
-    layout = "expected root/{train,val,test}/CLASS/*.png (or jpg, jpeg, bmp, webp)"
+    layout = "expected root/{train,val,test}/CLASS/*.png (or jpg, jpeg, bmp, webp), or root/{train,val,test}.csv"
     if not root.is_dir():
         raise DataError(f"{root}: no such folder; {layout}")
     if not (root / split).is_dir():

@@ -8,6 +8,7 @@ from contextlib import closing
 import torch
 from torch import Tensor
 
+from metahpo.errors import DataError
 from metahpo.learners.base import MetaLearner
 from metahpo.learners.phase import Phase
 from metahpo.tasks.task import TaskSource
@@ -65,4 +66,6 @@ def _evaluate(
 
 
 def _joined(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    if len({(name, value.shape[1:]) for part in parts for name, value in part.items()}) > len(parts[0]):
+        raise DataError("tasks of different sizes (ways and shots in a range) train, but cannot be evaluated together")
     return {name: torch.cat([part[name] for part in parts]).cpu() for name in parts[0]}

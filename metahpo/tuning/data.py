@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from metahpo.errors import DataError, one_line
+from metahpo.tasks.digits import digit_images
 
 
 class Labelled(NamedTuple):
@@ -80,11 +81,8 @@ def load_digits(sizes: tuple[int, int, int] = (900, 300, 597), seed: int = 0) ->
 
     Shuffled by ``seed`` into "train", "val" and "test" of the given sizes. Raises DataError if they are too many.
     """
-    from sklearn.datasets import load_digits as load
-
-    bunch: Any = load()
-    images = torch.from_numpy(bunch.images).float().div(16).unsqueeze(1)
-    data = Labelled(images, torch.from_numpy(bunch.target).long())
+    images, labels = digit_images()
+    data = Labelled(images.unsqueeze(1), labels)
     return dict(zip(("train", "val", "test"), shuffled(data, sizes, seed)))
 
 

@@ -139,17 +139,17 @@ def test_warp_layers_begin_as_the_identity_and_stay_in_the_inner_loop(net, tasks
 def test_cavia_adapts_its_context_alone(net, tasks):
     learner = CAVIA(net, context=3, steps=2, inner_lr=1.0).double()
     task, (name,) = tasks.select(0), learner.adapted_names()
-    assert name.startswith("0.1.1.")  # After the last but one batch norm.
+    assert name.startswith("1.1.1.")  # After the last batch norm.
     adapted = learner.adapt(task.support_x, task.support_y, Phase())
     assert set(adapted.params) == {name} and adapted.params[name].shape == (3,)
     assert not any("context" in n for n in learner.outer_params())
     # By hand: the gradient of the support loss in a context that enters the features linearly.
     context = torch.zeros(3, dtype=torch.float64, requires_grad=True)
-    film = learner.module.net.get_submodule("0.1.1").linear
+    film = learner.module.net.get_submodule("1.1.1").linear
     for _ in range(2):
         scale, shift = film(context).chunk(2)
-        features = net[0][:2](task.support_x) * (1 + scale[:, None, None]) + shift[:, None, None]
-        loss = F.cross_entropy(net[3](net[2](net[1](net[0][2:](features)))), task.support_y)
+        features = net[1][:2](net[0](task.support_x)) * (1 + scale[:, None, None]) + shift[:, None, None]
+        loss = F.cross_entropy(net[3](net[2](net[1][2:](features))), task.support_y)
         context = context - torch.autograd.grad(loss, context, create_graph=True)[0]
     torch.testing.assert_close(adapted.params[name], context)
     with pytest.raises(NetError, match="has no layer 'head'"):

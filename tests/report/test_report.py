@@ -16,10 +16,11 @@ from metahpo.inner import SGD, LayerStepRates
 from metahpo.learners import MAML, Adapted, MAMLPlusPlus, MetaLearner, Phase
 from metahpo.nets import MLP, Conv4
 from metahpo.report import write_report
+from metahpo.report.completion import CompletionExample
 from metahpo.report.curves import draw_curves, learning_curves
 from metahpo.report.example import CurveExample, ImageExample, draw_example, example
 from metahpo.report.rates import draw_rates, inner_rates, rates_table
-from metahpo.tasks import Episodes, LabelledImages, Sinusoid, Task
+from metahpo.tasks import Episodes, ImageCompletion, LabelledImages, Sinusoid, Task
 from metahpo.training.metrics import CsvLog
 from metahpo.training.settings import TrainingSettings
 from metahpo.training.trainer import Trainer
@@ -222,6 +223,25 @@ def test_a_curve_example_gives_the_learners_curve_and_errors():
     assert data.errors["after"] == pytest.approx(F.mse_loss(task.support_y.mean().expand(7, 1), task.query_y).item())
     assert data.x.min() < data.query_x.min() and data.x.max() > data.query_x.max()
     assert data.query_y.tolist() == task.query_y.flatten().tolist()
+
+
+def test_a_completion_example_has_every_pixel_in_its_place(tmp_path):
+    images = torch.rand(4, 5, 3, generator=torch.Generator().manual_seed(0))
+    task = ImageCompletion(images, "train", shots=6).task(2)
+    data = example(MAML(MLP((2,), 1, hidden=(5,)), loss=F.mse_loss), task)
+    assert isinstance(data, CompletionExample)
+    (image,) = (image for image in images.numpy() if np.array_equal(image, data.truth))
+    assert np.isfinite(data.given).sum() == 6
+    assert np.array_equal(data.given[np.isfinite(data.given)], image[np.isfinite(data.given)])
+    hidden = ~np.isfinite(data.given)
+    for kind in ("before", "after"):
+        error = np.square(data.completed[kind] - image)[hidden].mean()
+        assert data.errors[kind] == pytest.approx(error, rel=1e-5)
+    assert data.errors["before"] != data.errors["after"]
+    draw_example(data).savefig(tmp_path / "example.png")
+    assert_picture(tmp_path / "example.png")
+    scattered = task._replace(support_x=torch.rand(6, 2), query_x=torch.rand(9, 2))
+    assert example(MAML(MLP((2,), 1), loss=F.mse_loss), scattered) is None
 
 
 def test_other_tasks_have_no_example():
