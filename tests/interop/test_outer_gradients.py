@@ -77,11 +77,11 @@ def difference(ours, theirs) -> float:
     return float((vector(ours) - vector(theirs)).norm() / vector(theirs).norm())
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
 @pytest.mark.parametrize("package", ["learn2learn", "higher"])
 @pytest.mark.parametrize("method", OURS)
-def test_the_outer_gradient_at_equal_iterations(method, package, dtype, request):
-    net = Conv4((1, 28, 28), 5, filters=8).to(dtype)
+def test_the_outer_gradient_at_equal_iterations(method, package, request, float64):
+    # In float32 all three are 2e-5 from this, and so as far from each other.
+    net = Conv4((1, 28, 28), 5, filters=8)
     learner = OURS[method](net)
     if package == "higher":
         params, loss_of = by_higher(request.getfixturevalue("higher"), method, copy.deepcopy(net))
@@ -89,23 +89,20 @@ def test_the_outer_gradient_at_equal_iterations(method, package, dtype, request)
         params, loss_of = by_learn2learn(request.getfixturevalue("l2l"), method, copy.deepcopy(net))
     source = Episodes(load_glyphs(), "train", ways=5, shots=1, queries=3)
     outer = learner.outer_params()
-    # Adam would make steps of rounding errors: those of the biases before a batch norm, which change nothing.
-    ours, theirs = torch.optim.SGD(outer.values(), lr=0.3), torch.optim.SGD(params, lr=0.3)
+    ours, theirs = torch.optim.Adam(outer.values(), lr=0.01), torch.optim.Adam(params, lr=0.01)
     start = vector(params)
     for iteration in range(4):
         batch = source.batch(range(iteration * TASKS, (iteration + 1) * TASKS))
-        batch = Task(batch.support_x.to(dtype), batch.support_y, batch.query_x.to(dtype), batch.query_y)
+        batch = Task(batch.support_x.double(), batch.support_y, batch.query_x.double(), batch.query_y)
         result = Loop().meta_gradient(learner, batch, learner.training_phase(0))
         theirs.zero_grad()
         loss = sum(loss_of(batch.select(i)) for i in range(TASKS)) / TASKS
         loss.backward()
         for name, p in outer.items():
             p.grad = result.grads[name]
-        assert difference([result.loss], [loss]) < 1e-5
-        print(method, package, dtype, iteration, difference(result.grads.values(), [p.grad for p in params]))
-        assert difference(result.grads.values(), [p.grad for p in params]) < 1e-5
+        assert difference([result.loss], [loss]) < 1e-10
+        assert difference(result.grads.values(), [p.grad for p in params]) < 1e-8
         ours.step()
         theirs.step()
-    print(difference(outer.values(), params), difference(params, [start]))
-    assert difference(outer.values(), params) < 1e-5
+    assert difference(outer.values(), params) < 1e-8
     assert difference(params, [start]) > 1e-2
