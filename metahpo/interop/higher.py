@@ -24,7 +24,8 @@ class HigherRule(UpdateRule):
     (Grefenstette et al. 2019, section 3).
 
     optimizer: its class; settings: its arguments, such as ``lr``. learn_lr: whether the outer loop learns the rate
-    ``lr``. The state holds what higher keeps for each tensor, by its name.
+    ``lr``. The state holds what higher keeps for each tensor, by its name. The update is higher's: its Adam adds eps
+    to the square root before that is corrected for its start at zero, torch's of today after.
 
     Raises NetError if higher is not installed, cannot differentiate the optimiser or one of its settings, or does not
     differentiate by its rate (ASGD and Rprop).
