@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from metahpo.errors import NetError
+from metahpo.errors import NetError, one_line
 from metahpo.functional import FunctionalModule
 from metahpo.functional.levels import under_torch_func
 from metahpo.functional.trees import map_tree
@@ -64,9 +64,13 @@ class Learn2LearnLearner(MetaLearner):
                 outputs, buffers = self.module.apply_with(params, buffers, support_x, training=phase.training)
                 try:
                     clone.adapt(self.loss(outputs, support_y), **options)
-                except UnboundLocalError as error:  # It prints why there is no gradient, and goes on.
+                except torch.OutOfMemoryError:
+                    raise
+                # MAML prints why there is no gradient, and goes on without.
+                except (RuntimeError, UnboundLocalError) as error:
                     raise NetError(
-                        f"{name} cannot adapt the net; allow_unused or allow_nograd may be needed"
+                        f"{name} cannot adapt the net ({one_line(error)}); it may need allow_unused, allow_nograd or "
+                        "engine loop"
                     ) from error
         params = dict(clone.module.named_parameters())
         if not tracked:
