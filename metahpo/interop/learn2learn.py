@@ -34,13 +34,8 @@ class Learn2LearnLearner(MetaLearner):
         super().__init__(loss)
         self._clone_module = load("learn2learn.utils", "scripts/install_learn2learn PYTHON").clone_module
         net = getattr(algorithm, "module", None)
-        if not (
-            isinstance(net, nn.Module) and callable(getattr(algorithm, "clone", None)) and hasattr(algorithm, "adapt")
-        ):
-            raise NetError(
-                f"expected an algorithm of learn2learn that wraps a net (MAML, MetaSGD, GBML), found "
-                f"{type(algorithm).__name__}"
-            )
+        if not isinstance(net, nn.Module) or not hasattr(algorithm, "clone") or not hasattr(algorithm, "adapt"):
+            raise NetError(f"expected MAML, MetaSGD or GBML of learn2learn, found {type(algorithm).__name__}")
         if steps < 1:
             raise NetError(f"steps must be at least 1, found {steps}")
         self.steps = steps

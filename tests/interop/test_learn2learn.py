@@ -95,7 +95,7 @@ def test_what_it_refuses(l2l):
     learner = Learn2LearnLearner(l2l.algorithms.MAML(MLP([1], 1), lr=0.05), loss=F.mse_loss)
     with pytest.raises(NetError, match=r"^learn2learn's MAML .* by autograd.*choose engine threads or loop$"):
         VMap().meta_gradient(learner, Sinusoid().batch(range(2)), Phase(training=True))
-    with pytest.raises(NetError, match=r"^expected an algorithm of learn2learn .* found Linear$"):
+    with pytest.raises(NetError, match=r"^expected MAML, MetaSGD or GBML of learn2learn, found Linear$"):
         Learn2LearnLearner(nn.Linear(1, 1))
     frozen = MLP([1], 1)
     next(frozen.parameters()).requires_grad_(False)
