@@ -19,8 +19,11 @@ if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ] || ! "$venv/bin/python" -c '' 
   quiet=; [ -t 2 ] || quiet=--quiet
   "$venv/bin/python" -m pip install $quiet --disable-pip-version-check --editable "$root$extras"
   if [[ $extras == *interop* ]]; then
-    # It asks for a C compiler; where it fails the tests that need it skip, but for continuous integration.
-    "$root/scripts/install_learn2learn" "$venv/bin/python" >&2 || [ -z "${CI:-}" ]
+    # It takes a C compiler, which not everyone has.
+    if ! "$root/scripts/install_learn2learn" "$venv/bin/python" >&2; then
+      [ -z "${CI:-}" ] || exit 1
+      echo "learn2learn could not be installed; the tests that need it are skipped" >&2
+    fi
   fi
   echo "$wanted" >"$stamp"
 fi
