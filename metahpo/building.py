@@ -12,14 +12,16 @@ from torch import nn
 
 from metahpo import torchrun
 from metahpo.building_data import SPLITS, build_tasks, load_images
+from metahpo.building_rl import environment_of
 from metahpo.config import CustomNet, RunConfig
 from metahpo.config_data import OmniglotSettings
-from metahpo.config_learners import CustomLearner, MAMLSettings
+from metahpo.config_learners import CustomLearner, MAMLSettings, PolicyMAMLSettings
 from metahpo.custom import brief, call, check_learner, reason
 from metahpo.errors import CheckpointError, ConfigError, NetError, did_you_mean
 from metahpo.inner import Mixed, Reverse, named_remat
-from metahpo.learners import MAML, MAMLPlusPlus, MetaLearner
+from metahpo.learners import MAML, MAMLPlusPlus, MetaLearner, PolicyMAML
 from metahpo.nets import MLP, Conv4, ResidualMLP, ResNet12, SmallResNet
+from metahpo.rl import Environment
 from metahpo.tasks import LabelledImages, Task, TaskSource
 from metahpo.training.checkpoint import CheckpointStore
 from metahpo.training.distributed import current
@@ -43,17 +45,20 @@ def build_learner(config: RunConfig, example: Task) -> MetaLearner:
     """
     regression = example.query_y.is_floating_point()
     loss = F.mse_loss if regression else F.cross_entropy
-    settings = config.learner
+    settings, environment = config.learner, environment_of(config)
     with seeded(config.training.seed):
-        net = build_net(config, example)
-        check_net(net, example, config.net.name)
+        net = build_policy_net(config, environment) if environment else build_net(config, example)
+        if environment is None:
+            check_net(net, example, config.net.name)
         if isinstance(settings, CustomLearner):
-            learner = call(settings.name, "learner.name", settings.args, net, optional={"loss": loss})
+            learner = call(settings.name, "learner.name", settings.args, net, optional={"loss": loss, "environment": environment})
             if not isinstance(learner, MetaLearner):
                 raise ConfigError(
                     f"learner.name: {settings.name} gave {type(learner).__name__}, expected a MetaLearner"
                 )
             return learner
+        if isinstance(settings, PolicyMAMLSettings) and environment:
+            return PolicyMAML(net, environment, **settings.model_dump(exclude={"name"}))
         kind = MAML if isinstance(settings, MAMLSettings) else MAMLPlusPlus
         options = settings.model_dump(exclude={"name", "inner_gradient", "remat"})
         gradient = Mixed() if settings.inner_gradient == "mixed" else Reverse()
@@ -63,6 +68,13 @@ def build_learner(config: RunConfig, example: Task) -> MetaLearner:
 def build_net(config: RunConfig, example: Task) -> nn.Module:
     """The net for inputs and targets like ``example``'s."""
     return make_net(config.net, tuple(example.support_x.shape[1:]), _outputs(example))
+
+
+def build_policy_net(config: RunConfig, environment: Environment) -> nn.Module:
+    """The net for a policy's means in ``environment``; raises NetError if it does not map observations to actions."""
+    net = make_net(config.net, (environment.observation_size,), environment.action_size)
+    check_outputs(net, torch.zeros(2, environment.observation_size), environment.action_size, config.net.name, "actions")
+    return net
 
 
 def make_net(settings: Any, in_shape: tuple[int, ...], out_features: int) -> nn.Module:

@@ -34,6 +34,18 @@ class MAMLPlusPlusSettings(Settings):
     remat: RematName = "none"
 
 
+class PolicyMAMLSettings(Settings):
+    name: Literal["policy_maml"]
+    steps: int = Field(default=1, ge=1, description="inner steps, which share a task's episodes evenly")
+    inner_lr: float = Field(default=0.1, gt=0)
+    learn_lr: bool = Field(default=False, description="learn that one rate")
+    layer_step_rates: bool = Field(default=False, description="learn a rate for each tensor and step instead")
+    first_order: bool = False
+    discount: float = Field(default=0.99, ge=0, le=1)
+    gae: float = Field(default=1.0, ge=0, le=1, description="lambda of generalised advantage estimation")
+    initial_std: float = Field(default=1.0, gt=0, description="of actions, whose bounds are -1 and 1")
+
+
 class CustomLearner(Settings):
     """Your own learner: MODULE:CLASS, called with the net, loss=... if it takes it, and args."""
 
@@ -41,4 +53,9 @@ class CustomLearner(Settings):
     args: dict[str, Any] = Field(default_factory=dict)
 
 
-LEARNERS: dict[str, type[Settings]] = {"maml": MAMLSettings, "maml_pp": MAMLPlusPlusSettings, "custom": CustomLearner}
+LEARNERS: dict[str, type[Settings]] = {
+    "maml": MAMLSettings,
+    "maml_pp": MAMLPlusPlusSettings,
+    "policy_maml": PolicyMAMLSettings,
+    "custom": CustomLearner,
+}

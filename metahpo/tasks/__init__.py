@@ -2,6 +2,7 @@
 
 from metahpo.tasks.episodes import Episodes as Episodes
 from metahpo.tasks.labelled import LabelledImages as LabelledImages
+from metahpo.tasks.rollouts import RolloutTasks as RolloutTasks
 from metahpo.tasks.sinusoid import Sinusoid as Sinusoid
 from metahpo.tasks.task import Task as Task
 from metahpo.tasks.task import TaskSource as TaskSource
