@@ -51,7 +51,9 @@ def build_learner(config: RunConfig, example: Task) -> MetaLearner:
         if environment is None:
             check_net(net, example, config.net.name)
         if isinstance(settings, CustomLearner):
-            learner = call(settings.name, "learner.name", settings.args, net, optional={"loss": loss, "environment": environment})
+            learner = call(
+                settings.name, "learner.name", settings.args, net, optional={"loss": loss, "environment": environment}
+            )
             if not isinstance(learner, MetaLearner):
                 raise ConfigError(
                     f"learner.name: {settings.name} gave {type(learner).__name__}, expected a MetaLearner"
@@ -73,7 +75,9 @@ def build_net(config: RunConfig, example: Task) -> nn.Module:
 def build_policy_net(config: RunConfig, environment: Environment) -> nn.Module:
     """The net for a policy's means in ``environment``; raises NetError if it does not map observations to actions."""
     net = make_net(config.net, (environment.observation_size,), environment.action_size)
-    check_outputs(net, torch.zeros(2, environment.observation_size), environment.action_size, config.net.name, "actions")
+    check_outputs(
+        net, torch.zeros(2, environment.observation_size), environment.action_size, config.net.name, "actions"
+    )
     return net
 
 

@@ -282,7 +282,8 @@ def _epoch_line(row: dict[str, float], epochs: int) -> str:
         if "val_accuracy_inductive" in row:
             result += f", inductive {row['val_accuracy_inductive']:.1%}"
     else:
-        result = f"val {_figures({name.removeprefix('val_'): value for name, value in row.items()})}"
+        train = f"train return {row['train_return']:.2f}, " if "train_return" in row else ""
+        result = f"{train}val {_figures({name.removeprefix('val_'): value for name, value in row.items()})}"
     return f"epoch {int(row['epoch'])}/{epochs}  train loss {row['train_loss']:.4f}  {result}  {row['seconds']:.0f} s"
 
 

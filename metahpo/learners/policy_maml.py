@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
 from metahpo.errors import NetError
@@ -19,8 +18,8 @@ class PolicyMAML(MAML):
     """Learns an initial policy that a few policy gradient steps fit to a new task (Finn et al. 2017, algorithm 3).
 
     Its tasks are those of ``RolloutTasks``. An inner step rolls out the policy as it then is on the support noise and
-    descends ``surrogate``; the outer loss is the same of the query episodes of the adapted policy. As in that paper, the
-    outer gradient does not credit the initial policy for the episodes it adapts to (ProMP and E-MAML do).
+    descends ``surrogate``; the outer loss is the same of the adapted policy's query episodes. As in that paper, the
+    outer gradient does not credit the initial policy for the episodes that it adapts to (E-MAML and ProMP do).
 
     net: means of actions, observations [N, O] in, [N, A] out; it is copied, and runs in evaluation mode. The actions'
     deviations are adapted and learnt with it. steps: inner steps, each with its own share of the support episodes.

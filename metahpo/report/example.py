@@ -13,6 +13,9 @@ from torch import Tensor
 
 from metahpo.learners.base import MetaLearner
 from metahpo.learners.phase import Phase
+from metahpo.learners.policy_maml import PolicyMAML
+from metahpo.report.paths import PathsExample, draw_paths, paths_example
+from metahpo.rl import Navigation
 from metahpo.tasks.task import Task
 
 KINDS = ("after", "before")
@@ -62,11 +65,16 @@ class CurveExample:
     errors: dict[str, float]
 
 
+Example = ImageExample | CurveExample | PathsExample
+
+
 @torch.no_grad()
-def example(learner: MetaLearner, task: Task) -> ImageExample | CurveExample | None:
-    """The example of one task; None unless it maps images to labels or single numbers to single numbers."""
+def example(learner: MetaLearner, task: Task) -> Example | None:
+    """The example of one task; None unless it is to navigate, or maps images to labels or one number to another."""
     device = next((p.device for p in learner.parameters()), task.support_x.device)
     task = task.to(device)
+    if isinstance(learner, PolicyMAML):
+        return paths_example(learner, task) if isinstance(learner.environment, Navigation) else None
     if task.query_y.is_floating_point():
         single = all(t.numel() == len(t) for t in task)
         return _curve_example(learner, task) if single else None
@@ -75,8 +83,10 @@ def example(learner: MetaLearner, task: Task) -> ImageExample | CurveExample | N
     return None
 
 
-def draw_example(data: ImageExample | CurveExample) -> Figure:
+def draw_example(data: Example) -> Figure:
     """The picture of an example."""
+    if isinstance(data, PathsExample):
+        return draw_paths(data)
     return _draw_images(data) if isinstance(data, ImageExample) else _draw_curves(data)
 
 
