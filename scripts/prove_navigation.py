@@ -46,9 +46,9 @@ def main() -> int:
             row, learner = one_training(seed, first_order, options.quick)
             rows.append(row)
             print(
-                f"seed {seed} {row['learner']:7} return {row['before']:.2f} before, {row['after']:.2f} after one step, "
-                f"best {row['best']:.2f}: {row['closer']:.2f} times closer (95%: {row['low']:.2f} to {row['high']:.2f}), "
-                f"{row['cpu_seconds']:.0f} s of CPU",
+                f"seed {seed}, {row['learner']}: return {row['before']:.2f} before, {row['after']:.2f} after one step, "
+                f"best {row['best']:.2f}; {row['closer']:.2f} times closer "
+                f"(95%: {row['low']:.2f} to {row['high']:.2f}); {row['cpu_seconds']:.0f} s of CPU",
                 flush=True,
             )
             if options.plot and not (seed or first_order):

@@ -23,7 +23,10 @@ LIMIT = 0.75
 
 @dataclass(frozen=True)
 class PathsExample:
-    """Positions [G, E, H, 2] before each step, on the way to G goals [G, 2] by kind, NaN after an episode's end, and the mean return by kind."""
+    """What a policy does with G goals [G, 2], before and after adapting to each.
+
+    paths: by kind the positions [G, E, H, 2] before each step, NaN after an episode's end; returns: by kind their mean.
+    """
 
     goals: np.ndarray
     paths: dict[str, np.ndarray]

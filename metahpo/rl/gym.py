@@ -23,8 +23,8 @@ class Gym:
 
     vary: attributes of the unwrapped environment, and the range that each is drawn from, uniformly. They must be such
     that the environment reads them at every step (Pendulum-v1: the mass ``m`` in kg, the length ``l`` in m, gravity
-    ``g`` in m/s^2). options: arguments of ``gymnasium.make``. A task's parameters are those numbers, and a seed for each
-    episode, from which the environment draws its first state. Actions of [-1, 1] are scaled to the environment's
+    ``g`` in m/s^2). options: arguments of ``gymnasium.make``. A task's parameters are those numbers, and a seed for
+    each episode, from which the environment draws its first state. Actions of [-1, 1] are scaled to the environment's
     bounds; an episode that it truncates has ended.
 
     It is stepped episode by episode in Python, so it runs on the engines ``loop`` and ``threads`` alone.
@@ -125,8 +125,8 @@ def _action_bounds(space: Any, id: str) -> tuple[np.ndarray, np.ndarray]:
     flat = isinstance(space, Box) and len(space.shape) == 1 and np.issubdtype(space.dtype, np.floating)
     if not flat or not space.is_bounded("both"):
         raise NetError(
-            f"environment {id}: its action space is {one_line(space)}, expected a Box of one dimension, of real numbers "
-            "with bounds: the policy is Gaussian"
+            f"environment {id}: its action space is {one_line(space)}, expected a Box of one dimension, of real "
+            "numbers with bounds: the policy is Gaussian"
         )
     return space.low.astype(float), space.high.astype(float)
 
