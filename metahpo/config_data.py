@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any, Literal
 
@@ -85,7 +86,7 @@ class GymSettings(RolloutSettings):
     @classmethod
     def _ranges(cls, vary: dict[str, tuple[float, float]]) -> dict[str, tuple[float, float]]:
         for name, (low, high) in vary.items():
-            if not low < high:
+            if not -math.inf < low < high < math.inf:
                 raise ValueError(f"{name} should be a range [LOW, HIGH], found {[low, high]}")
         return vary
 

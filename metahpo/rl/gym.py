@@ -34,6 +34,9 @@ class Gym:
     vector: a Gaussian policy cannot take it.
     """
 
+    # Ends the error where the environment cannot be made.
+    advice = ""
+
     def __init__(self, id: str, vary: Mapping[str, tuple[float, float]] | None = None, **options: Any):
         self.name, self.vary, self.options = id, dict(vary or {}), options
         self._ready: dict[int, list[Any]] = {}
@@ -116,7 +119,9 @@ class Gym:
         try:
             return gymnasium.make(self.name, disable_env_checker=True, **self.options)
         except (gymnasium.error.Error, ImportError, TypeError) as error:
-            raise ConfigError(f"gymnasium cannot make environment {self.name!r}: {one_line(error)}") from error
+            raise ConfigError(
+                f"gymnasium cannot make environment {self.name!r}: {one_line(error)}{self.advice}"
+            ) from error
 
 
 def _action_bounds(space: Any, id: str) -> tuple[np.ndarray, np.ndarray]:
@@ -143,9 +148,17 @@ def _observation_size(space: Any, id: str) -> int:
 
 
 def _check_attribute(environment: Any, attribute: str, id: str) -> None:
-    value = getattr(environment, attribute, None)
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        found = "has no attribute of that name" if value is None else f"has {one_line(value, 60)!r} there"
+    value, found = getattr(environment, attribute, None), None
+    if value is None:
+        found = "has no attribute of that name"
+    elif isinstance(value, bool) or not isinstance(value, (int, float)):
+        found = f"has {one_line(value, 60)!r} there"
+    else:
+        try:
+            setattr(environment, attribute, value)
+        except AttributeError:
+            found = "does not let it be set"
+    if found:
         raise ConfigError(f"data.vary.{attribute}: should be a number of environment {id}, which {found}")
 
 

@@ -13,6 +13,8 @@ from metahpo.rl.gym import Gym
 class HalfCheetah(Gym):
     """MuJoCo's HalfCheetah-v5 with the control cost of Finn et al. 2017, 0.05 |a|^2 a step; needs ``mujoco``."""
 
+    advice = '; it needs pip install "gymnasium[mujoco]"'
+
     def __init__(self) -> None:
         super().__init__("HalfCheetah-v5", ctrl_cost_weight=0.05)
 
