@@ -61,7 +61,7 @@ def draw_paths(data: PathsExample) -> Figure:
         before.plot(*path.T, color="0.35", linewidth=0.7, alpha=0.5)
     for paths, colour in zip(data.paths["after"], colours):
         for path in paths[:SHOWN]:
-            after.plot(*path.T, color=colour, linewidth=1.1, alpha=0.8)
+            after.plot(*path.T, color=colour, linewidth=0.8, alpha=0.8)
     for axis, kind in ((before, "before"), (after, "after")):
         _frame(axis, data, colours)
         axis.set_title(f"{kind} adapting, mean return {data.returns[kind]:.1f}")

@@ -40,8 +40,8 @@ def navigation_tasks(count: int = 2) -> Task:
 
 
 def test_the_policy_gradient_has_its_known_expectation():
-    # Of normal actions and a linear reward c a, whose advantage is c (a - mean) / (|c| std): c / (|c| std) for the mean,
-    # zero for the deviation.
+    # With normal actions and a linear reward c a the advantage is c (a - mean) / (|c| std), and the gradient is
+    # c / (|c| std) for the mean, zero for the deviation.
     torch.manual_seed(0)
     made = PolicyMAML(nn.Linear(1, 2), Bandit(), initial_std=0.5).double()
     c = torch.tensor([3.0, -4.0], dtype=torch.float64).expand(200_000, 2)
