@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from metahpo.building_rl import environment_of
 from metahpo.config import RunConfig
 from metahpo.config_data import (
     CIFAR100Settings,
@@ -21,7 +22,7 @@ from metahpo.config_data import (
 from metahpo.config_learners import LinearHeadSettings
 from metahpo.custom import call, check_source, reason
 from metahpo.errors import ConfigError
-from metahpo.tasks import Episodes, LabelledImages, Sinusoid, TaskSource
+from metahpo.tasks import Episodes, LabelledImages, RolloutTasks, Sinusoid, TaskSource
 from metahpo.training.distributed import current
 from metahpo.training.settings import TrainingSettings
 
@@ -38,6 +39,9 @@ def build_tasks(
     """
     data, settings, seed = config.data, config.training, config.training.seed
     check_device(settings)
+    if environment := environment_of(config):
+        shape = {"episodes": data.episodes, "horizon": data.horizon}
+        return {s: RolloutTasks(environment, s, seed=seed, **shape) for s in splits}
     if isinstance(data, CustomTasks):
         if taken := sorted({"split", "seed"} & set(data.args)):
             raise ConfigError(f"data.args.{taken[0]}: metahpo itself passes {taken[0]} to {data.source}; take it out")

@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from metahpo import learners
-from metahpo.building_net import build_net, check_net, outputs_of
+from metahpo.building_net import build_net, build_policy_net, check_net, outputs_of
+from metahpo.building_rl import environment_of
 from metahpo.config import RunConfig
 from metahpo.config_episodes import EpisodeSettings
 from metahpo.config_learners import CustomLearner, LinearHeadSettings, ProtoNetSettings
@@ -16,6 +17,7 @@ from metahpo.custom import call
 from metahpo.errors import ConfigError
 from metahpo.inner import Mixed, Reverse, named_remat
 from metahpo.learners import Improvements, MetaLearner
+from metahpo.rl import Environment
 from metahpo.tasks import Episodes, Task, TaskSource
 from metahpo.training.environment import seeded
 
@@ -42,6 +44,9 @@ def build_learner(config: RunConfig, tasks: dict[str, TaskSource]) -> MetaLearne
     Raises NetError if the net cannot take the inputs or its output does not fit the targets, ConfigError if the learner
     does not fit the data.
     """
+    environment = environment_of(config)
+    if environment:
+        return _policy(config, environment)
     example = _widest(config, _example(config, tasks))
     regression = example.query_y.is_floating_point()
     loss = F.mse_loss if regression else F.cross_entropy
@@ -50,17 +55,29 @@ def build_learner(config: RunConfig, tasks: dict[str, TaskSource]) -> MetaLearne
         net = build_net(config.net, example)
         check_net(net, example, config.net.name)
         if isinstance(settings, CustomLearner):
-            learner = call(settings.name, "learner.name", settings.args, net, optional={"loss": loss})
-            if not isinstance(learner, MetaLearner):
-                raise ConfigError(
-                    f"learner.name: {settings.name} gave {type(learner).__name__}, expected a MetaLearner"
-                )
-            return learner
+            return _own(settings, net, {"loss": loss})
         if isinstance(settings, (ProtoNetSettings, LinearHeadSettings)):
             if regression:
                 raise ConfigError(f"learner.name: {settings.name} is for class labels; the data gives values")
             return _baseline(settings, net, outputs_of(example), tasks)
         return LEARNERS[settings.name](net, loss=loss, **_options(settings))
+
+
+def _policy(config: RunConfig, environment: Environment) -> MetaLearner:
+    """The learner of a policy in ``environment``."""
+    with seeded(config.training.seed):
+        net = build_policy_net(config.net, environment)
+        if isinstance(config.learner, CustomLearner):
+            return _own(config.learner, net, {"environment": environment})
+        return learners.PolicyMAML(net, environment, **config.learner.model_dump(exclude={"name"}))
+
+
+def _own(settings: CustomLearner, net: nn.Module, optional: dict[str, Any]) -> MetaLearner:
+    """The user's learner, called with those of ``optional`` that it takes."""
+    learner = call(settings.name, "learner.name", settings.args, net, optional=optional)
+    if not isinstance(learner, MetaLearner):
+        raise ConfigError(f"learner.name: {settings.name} gave {type(learner).__name__}, expected a MetaLearner")
+    return learner
 
 
 def _example(config: RunConfig, tasks: dict[str, TaskSource]) -> Task:

@@ -11,6 +11,7 @@ from metahpo.config import CustomNet
 from metahpo.custom import brief, call
 from metahpo.errors import ConfigError, NetError
 from metahpo.nets import MLP, Conv4, ResidualMLP, ResNet12, SmallResNet
+from metahpo.rl import Environment
 from metahpo.tasks import Task
 
 NETS: dict[str, type[nn.Module]] = {
@@ -25,6 +26,14 @@ NETS: dict[str, type[nn.Module]] = {
 def build_net(settings: Any, example: Task) -> nn.Module:
     """The net for inputs and targets like ``example``'s."""
     return make_net(settings, tuple(example.support_x.shape[1:]), outputs_of(example))
+
+
+def build_policy_net(settings: Any, environment: Environment) -> nn.Module:
+    """The net for a policy's means in ``environment``; raises NetError if it does not map observations to actions."""
+    inputs, actions = environment.observation_size, environment.action_size
+    net = make_net(settings, (inputs,), actions)
+    check_outputs(net, torch.zeros(2, inputs), actions, settings.name, "actions")
+    return net
 
 
 def make_net(settings: Any, in_shape: tuple[int, ...], out_features: int) -> nn.Module:
@@ -47,10 +56,10 @@ def make_net(settings: Any, in_shape: tuple[int, ...], out_features: int) -> nn.
 def check_net(net: nn.Module, example: Task, name: str) -> None:
     """Raises NetError unless ``net`` maps the task's inputs, support and query, to outputs that fit its targets."""
     for x in (example.support_x.cpu(), example.query_x.cpu()):
-        checkoutputs_of(net, x, outputs_of(example), name, "values" if example.query_y.is_floating_point() else "ways")
+        check_outputs(net, x, outputs_of(example), name, "values" if example.query_y.is_floating_point() else "ways")
 
 
-def checkoutputs_of(net: nn.Module, x: torch.Tensor, outputs: int, name: str, what: str) -> None:
+def check_outputs(net: nn.Module, x: torch.Tensor, outputs: int, name: str, what: str) -> None:
     """Raises NetError unless ``net`` maps inputs [N, ...] to [N, outputs]; what: what these are, for the message."""
     expected = [len(x), outputs]
     was_training = net.training

@@ -278,18 +278,18 @@ def _epoch_line(row: dict[str, float], epochs: int) -> str:
         if "val_accuracy_inductive" in row:
             result += f", inductive {row['val_accuracy_inductive']:.1%}"
     else:
-        before = f", before adapting {row['val_loss_before']:.4f}" if "val_loss_before" in row else ""
-        result = f"val loss {row['val_loss']:.4f} ± {row['val_loss_ci']:.4f}{before}"
+        train = f"train return {row['train_return']:.2f}, " if "train_return" in row else ""
+        result = f"{train}val {_figures({name.removeprefix('val_'): value for name, value in row.items()})}"
     return f"epoch {int(row['epoch'])}/{epochs}  train loss {row['train_loss']:.4f}  {result}  {row['seconds']:.0f} s"
 
 
 def _best_line(history: Sequence[dict[str, float]]) -> str:
     """The epoch that is tested; with all digits, for a search gives that figure as a trial's score."""
-    from metahpo.training.metrics import best_epochs
+    from metahpo.training.metrics import best_epochs, judged_by
 
     best = best_epochs(history, 1)[0]
     row = next(row for row in history if row["epoch"] == best)
-    name = "accuracy" if "val_accuracy" in row else "loss"
+    name = judged_by(row)
     return f"best epoch by validation: {best}, {name} {row[f'val_{name}']!r}"
 
 
@@ -299,8 +299,14 @@ def _result(row: dict[str, float]) -> str:
         if "accuracy_inductive" in row:
             result += f", {row['accuracy_inductive']:.1%} ± {100 * row['accuracy_inductive_ci']:.1f} inductive"
         return result + (f", before adapting {row['accuracy_before']:.1%}" if "accuracy_before" in row else "")
-    before = f", before adapting {row['loss_before']:.4f}" if "loss_before" in row else ""
-    return f"loss {row['loss']:.4f} ± {row['loss_ci']:.4f}{before}"
+    return _figures(row)
+
+
+def _figures(row: dict[str, float]) -> str:
+    """The return of a policy, or the loss."""
+    name, digits = ("return", 2) if "return" in row else ("loss", 4)
+    before = f", before adapting {row[f'{name}_before']:.{digits}f}" if f"{name}_before" in row else ""
+    return f"{name} {row[name]:.{digits}f} ± {row[f'{name}_ci']:.{digits}f}{before}"
 
 
 if __name__ == "__main__":

@@ -94,6 +94,37 @@ class SinusoidSettings(Settings):
     eval_queries: int | None = Field(default=100, ge=1)
 
 
+class RolloutSettings(Settings):
+    """Episodes of an environment, for ``learner: policy_maml``."""
+
+    episodes: int = Field(default=20, ge=2, description="of a task to adapt to, and as many to be judged by")
+    horizon: int = Field(default=100, ge=2, description="most steps of an episode")
+
+
+class NavigationSettings(RolloutSettings):
+    """A point that walks to a goal (Finn et al. 2017)."""
+
+    source: Literal["navigation"]
+
+
+class GymSettings(RolloutSettings):
+    """Environments of gymnasium."""
+
+    source: Literal["gym"]
+    environment: str = Field(description="half_cheetah_velocity, half_cheetah_direction, or gymnasium's name with vary")
+    vary: dict[str, tuple[float, float]] = Field(
+        default_factory=dict, description="numbers of the environment that a task draws: {ATTRIBUTE: [LOW, HIGH]}"
+    )
+
+    @field_validator("vary")
+    @classmethod
+    def _ranges(cls, vary: dict[str, tuple[float, float]]) -> dict[str, tuple[float, float]]:
+        for name, (low, high) in vary.items():
+            if not -math.inf < low < high < math.inf:
+                raise ValueError(f"{name} should be a range [LOW, HIGH], found {[low, high]}")
+        return vary
+
+
 class CustomTasks(Settings):
     """Your own tasks: MODULE:FUNCTION, called with split="train"|"val"|"test", seed and args, gives a TaskSource."""
 
@@ -110,5 +141,7 @@ DATA: dict[str, type[Settings]] = {
     "dataset": DatasetSettings,
     "digits_pixels": DigitsPixelsSettings,
     "sinusoid": SinusoidSettings,
+    "navigation": NavigationSettings,
+    "gym": GymSettings,
     "custom": CustomTasks,
 }

@@ -125,6 +125,18 @@ class LinearHeadSettings(InnerLoopSettings):
     inner_lr: float = Field(default=1.0, gt=0, description="rate, relative to the features' mean square length")
 
 
+class PolicyMAMLSettings(Settings):
+    name: Literal["policy_maml"]
+    steps: int = Field(default=1, ge=1, description="inner steps, which share a task's episodes evenly")
+    inner_lr: float = Field(default=0.1, gt=0)
+    learn_lr: bool = Field(default=False, description="learn that one rate")
+    layer_step_rates: bool = Field(default=False, description="learn a rate for each tensor and step instead")
+    first_order: bool = False
+    discount: float = Field(default=0.99, ge=0, le=1)
+    gae: float = Field(default=1.0, ge=0, le=1, description="lambda of generalised advantage estimation")
+    initial_std: float = Field(default=1.0, gt=0, description="of actions, whose bounds are -1 and 1")
+
+
 class CustomLearner(Settings):
     """Your own learner: MODULE:CLASS, called with the net, loss=... if it takes it, and args."""
 
@@ -145,5 +157,6 @@ LEARNERS: dict[str, type[Settings]] = {
     "reptile": ReptileSettings,
     "proto_net": ProtoNetSettings,
     "linear_head": LinearHeadSettings,
+    "policy_maml": PolicyMAMLSettings,
     "custom": CustomLearner,
 }

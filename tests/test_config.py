@@ -15,7 +15,8 @@ from metahpo.errors import ConfigError
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 # Those of `metahpo train`; the other commands' tests have theirs.
 SHIPPED = sorted(path for path in CONFIGS.rglob("*.yaml") if path.parent.name not in ("digits", "search"))
-
+POLICIES = [path for path in SHIPPED if path.parent.name in ("navigation", "pendulum", "half_cheetah")]
+FEW_SHOT = [path for path in SHIPPED if path not in POLICIES]
 
 MINIMAL = """
 data: {source: glyphs, ways: 3}
@@ -49,7 +50,15 @@ def test_there_are_shipped_configs():
     assert not list(CONFIGS.rglob("*.yml"))
 
 
-@pytest.mark.parametrize("path", SHIPPED, ids=lambda p: str(p.relative_to(CONFIGS)))
+@pytest.mark.parametrize("path", POLICIES, ids=lambda p: str(p.relative_to(CONFIGS)))
+def test_a_shipped_config_of_a_policy_loads(path):
+    config = load_config(path)
+    assert config.learner.name == "policy_maml"
+    assert config.learner.first_order == (path.stem == "fomaml")
+    assert path.parent.name in (config.data.source, "pendulum", config.data.model_dump().get("environment", "")[:12])
+
+
+@pytest.mark.parametrize("path", FEW_SHOT, ids=lambda p: str(p.relative_to(CONFIGS)))
 def test_a_shipped_config_loads_and_is_what_its_name_says(path):
     config = load_config(path)
     parts = path.relative_to(CONFIGS).parts[0].split("_")

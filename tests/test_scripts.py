@@ -39,6 +39,17 @@ def test_mixed_mode_with_remat_takes_a_fraction_of_the_memory(tmp_path, script):
     assert picture.stat().st_size > 0
 
 
+def test_one_step_brings_a_policy_closer_to_unseen_goals(tmp_path, script):
+    figures, picture = tmp_path / "figures.json", tmp_path / "paths.png"
+    code, out, err = script("prove_navigation", "--quick", "--json", figures, "--plot", picture)
+    assert code == 0, out + err
+    rows = json.loads(figures.read_text())["rows"]
+    assert [row["learner"] for row in rows] == ["MAML", "FOMAML"]
+    assert all(row["before"] < row["after"] < row["best"] < 0 for row in rows)
+    assert all(1 < row["low"] < row["closer"] < row["high"] for row in rows)
+    assert picture.stat().st_size > 0
+
+
 def test_ten_distilled_digits_beat_ten_real_ones(tmp_path, script):
     figures, picture = tmp_path / "figures.json", tmp_path / "images.png"
     code, out, err = script("prove_distillation", "--quick", "--json", figures, "--picture", picture)

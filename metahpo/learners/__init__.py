@@ -13,6 +13,7 @@ from metahpo.learners.meta_curvature import MetaCurvature as MetaCurvature
 from metahpo.learners.meta_sgd import MetaSGD as MetaSGD
 from metahpo.learners.phase import Improvements as Improvements
 from metahpo.learners.phase import Phase as Phase
+from metahpo.learners.policy_maml import PolicyMAML as PolicyMAML
 from metahpo.learners.proto_net import ProtoNet as ProtoNet
 from metahpo.learners.reptile import Reptile as Reptile
 from metahpo.learners.warp_maml import WarpMAML as WarpMAML

@@ -44,6 +44,9 @@ class MetaLearner(nn.Module):
     for regression.
     """
 
+    # Whether the means of several learners' outputs are outputs too, those of an ensemble.
+    averages = True
+
     def __init__(self, loss: Loss = F.cross_entropy):
         super().__init__()
         self.loss = loss

@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
 
-from metahpo.training.metrics import best_epochs
+from metahpo.training.metrics import best_epochs, judged_by
 
 STYLES: dict[str, dict[str, Any]] = {
     "train": {"color": "0.35"},
@@ -35,7 +35,10 @@ class Line:
 
 @dataclass(frozen=True)
 class Panel:
-    """The curves that share an axis; name: "loss", "accuracy" or "outer learning rate"; log: on a logarithmic axis."""
+    """The curves that share an axis.
+
+    name: "loss", "accuracy", "return" or "outer learning rate"; log: on a logarithmic axis.
+    """
 
     name: str
     lines: tuple[Line, ...]
@@ -57,12 +60,18 @@ def learning_curves(history: Sequence[Mapping[str, float]]) -> Curves:
     Where every prediction is independent of the others, inductive validation is the same as transductive and is left
     out. The loss axis is logarithmic if the losses span more than a decade.
     """
-    regression = "val_accuracy" not in history[0]
+    judged = judged_by(history[0])
     losses = [_line(history, "train", "train_loss"), _line(history, "val", "val_loss")]
-    if regression:
+    if judged == "loss":
         losses.append(_line(history, "val, before adapting", "val_loss_before", interval=False))
     panels = [_panel("loss", losses, may_be_log=True)]
-    if not regression:
+    if judged == "return":
+        before = _line(history, "val, before adapting", "val_return_before", interval=False)
+        returns = [_line(history, "train", "train_return"), _line(history, "val", "val_return"), before]
+        panels = [
+            _panel("return", returns)
+        ]  # The outer loss is no measure of progress, that of validation minus these.
+    if judged == "accuracy":
         panels.append(_panel("accuracy", [_line(history, "train", "train_accuracy"), *_val_accuracies(history)]))
     panels.append(_panel("outer learning rate", [_line(history, "outer rate", "lr")]))
     epochs = np.array([row["epoch"] for row in history])

@@ -13,7 +13,10 @@ from torch import Tensor
 
 from metahpo.learners.base import MetaLearner
 from metahpo.learners.phase import Phase
+from metahpo.learners.policy_maml import PolicyMAML
 from metahpo.report.completion import CompletionExample, completion_example, draw_completion
+from metahpo.report.paths import PathsExample, draw_paths, paths_example
+from metahpo.rl import Navigation
 from metahpo.tasks.task import Task
 
 KINDS = ("after", "before")
@@ -63,14 +66,17 @@ class CurveExample:
     errors: dict[str, float]
 
 
-Example = ImageExample | CurveExample | CompletionExample
+Example = ImageExample | CurveExample | CompletionExample | PathsExample
 
 
 @torch.no_grad()
 def example(learner: MetaLearner, task: Task) -> Example | None:
-    """The example of one task; None unless it maps images to labels, or one number or places of a grid to a number."""
+    """The example of one task; None unless it is to navigate, or maps images to labels, or one number or places of a
+    grid to a number."""
     device = next((p.device for p in learner.parameters()), task.support_x.device)
     task = task.to(device)
+    if isinstance(learner, PolicyMAML):
+        return paths_example(learner, task) if isinstance(learner.environment, Navigation) else None
     if task.query_y.is_floating_point():
         single = all(t.numel() == len(t) for t in task)
         if not single and task.query_x.shape[1:] == (2,) and task.query_y.shape[1:] == (1,):
@@ -85,6 +91,8 @@ def draw_example(data: Example) -> Figure:
     """The picture of an example."""
     if isinstance(data, CompletionExample):
         return draw_completion(data)
+    if isinstance(data, PathsExample):
+        return draw_paths(data)
     return _draw_images(data) if isinstance(data, ImageExample) else _draw_curves(data)
 
 

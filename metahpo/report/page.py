@@ -17,10 +17,11 @@ from metahpo.learners.base import MetaLearner
 from metahpo.report.completion import CompletionExample
 from metahpo.report.curves import draw_curves, learning_curves
 from metahpo.report.example import CurveExample, ImageExample, draw_example, example
+from metahpo.report.paths import PathsExample
 from metahpo.report.rates import Rates, draw_rates, inner_rates, rates_table
 from metahpo.tasks.task import Task
 from metahpo.training.checkpoint import write_atomically
-from metahpo.training.metrics import CsvLog, Row, best_epochs
+from metahpo.training.metrics import CsvLog, Row, best_epochs, judged_by
 
 EXPLANATION = (
     "*Transductive*: the queries of a task are normalised together, by the batch statistics of its whole query set, as "
@@ -29,12 +30,16 @@ EXPLANATION = (
 SAME = (
     "This learner predicts each query independently of the others, so transductive and inductive accuracy are the same."
 )
-
+LOSS_CURVE = (
+    " The training loss is the outer loop's own objective: with a multi-step loss, the weighted sum over the inner "
+    "steps."
+)
 EXAMPLES = {
     CurveExample: "The predicted curve before and after adapting to the support points.",
     CompletionExample: "An image before and after adapting to the pixels given.",
     ImageExample: "Some queries of a task: the predicted class and its probability. "
     "A green frame: right after adapting.",
+    PathsExample: "Paths to six goals (stars) from the start (dot). After adapting, three of them for each goal.",
 }
 
 
@@ -60,8 +65,8 @@ def write_report(run_dir: str | Path, learner: MetaLearner, example_task: Task, 
         _results(history, test, learner, run_dir / "test.json"),
         _best(history),
         "## Learning curves\n\n![learning curves](curves.png)\n\n"
-        "Bands are 95% confidence intervals over the validation tasks. The training loss is the outer loop's own "
-        "objective: with a multi-step loss, the weighted sum over the inner steps.",
+        "Bands are 95% confidence intervals over the validation tasks."
+        + ("" if judged_by(history[0]) == "return" else LOSS_CURVE),
         _rates(rates, heat_map) if rates else "",
         f"## An example task\n\n{EXAMPLES[type(shown)]}\n\n![example task](example.png)" if picture else "",
         config_block(run_dir / "config.yaml"),
@@ -126,6 +131,9 @@ def _results(history: list[Row], test: dict[str, Any] | None, learner: MetaLearn
             raise DataError(f"{path} is damaged: expected rows by name, each with a loss")
         caption = f"Over {test.get('tasks', '?')} {test.get('split', 'test')} tasks, ± 95% confidence intervals."
         rows = {_named(name, row): row for name, row in rows.items()}
+    if all("return" in row for row in rows.values()):
+        heads, keys = ["policy", "return after adapting", "before adapting"], ["return", "return_before"]
+        return f"{_table(heads, keys, rows, _return)}\n\n{caption} Returns are undiscounted."
     if not any("accuracy" in row for row in rows.values()):
         loss = "MSE" if learner.loss is F.mse_loss else "loss"
         table = _table(["model", f"{loss} after adapting", "before adapting"], ["loss", "loss_before"], rows, _loss)
@@ -155,6 +163,10 @@ def _loss(value: float, half_width: float) -> str:
     return f"{value:.4f}" + (f" ± {half_width:.4f}" if math.isfinite(half_width) else "")
 
 
+def _return(value: float, half_width: float) -> str:
+    return f"{value:.2f}" + (f" ± {half_width:.2f}" if math.isfinite(half_width) else "")
+
+
 def _best_row(history: list[Row]) -> Row:
     best = best_epochs(history, 1)[0]
     return next(row for row in history if row["epoch"] == best)
@@ -162,9 +174,9 @@ def _best_row(history: list[Row]) -> Row:
 
 def _best(history: list[Row]) -> str:
     row = _best_row(history)
-    key, form = ("val_accuracy", _percent) if "val_accuracy" in row else ("val_loss", _loss)
-    name = key.removeprefix("val_")
-    result = form(row[key], row.get(f"{key}_ci", math.nan))
+    name = judged_by(row)
+    form = {"accuracy": _percent, "return": _return, "loss": _loss}[name]
+    result = form(row[f"val_{name}"], row.get(f"val_{name}_ci", math.nan))
     seconds = sum(row.get("seconds", 0.0) for row in history)
     time = f" Training and validation took {duration(seconds)} in all." if seconds else ""
     return f"Best epoch by validation: {row['epoch']:.0f} of {len(history)} ({name} {result}).{time}"

@@ -26,12 +26,12 @@ def evaluate_run(
     """Tests a run's best checkpoint by validation ("best") and its best ones together ("ensemble of k").
 
     The ensemble averages the outputs of each checkpoint's adapted net (Antoniou et al. 2019, section 5; the authors'
-    program takes 5, the paper 3; ours ``settings.keep_best``). Rows hold means and 95% intervals. Leaves ``learner`` as
-    the best checkpoint.
+    program takes 5, the paper 3; ours ``settings.keep_best``), if the learner's can be. Rows hold means and 95%
+    intervals. Leaves ``learner`` as the best checkpoint.
     """
     learner.to(settings.torch_device())
     ranks = current()
-    best = ranks.on_first(lambda: best_states(run_dir, settings.keep_best))
+    best = ranks.on_first(lambda: best_states(run_dir, settings.keep_best if learner.averages else 1))
     metrics: dict[str, torch.Tensor] = {}
     total: dict[str, torch.Tensor] = {}
     engine = ENGINES[settings.engine]()

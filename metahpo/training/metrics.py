@@ -28,9 +28,19 @@ def summarise(metrics: Mapping[str, Tensor]) -> Row:
     return row
 
 
+# What a learner is judged by, the first of them that it has, and whether more is better (1) or worse (-1).
+JUDGED = {"accuracy": 1, "return": 1, "loss": -1}
+
+
+def judged_by(row: Mapping[str, float]) -> str:
+    """The name in ``JUDGED`` of what validation ranks epochs by, of a row of the history."""
+    return next(name for name in JUDGED if name == "loss" or f"val_{name}" in row)
+
+
 def score(row: Mapping[str, float]) -> float:
-    """What validation ranks epochs by: accuracy where there is one, else minus the loss."""
-    value = row["val_accuracy"] if "val_accuracy" in row else -row["val_loss"]
+    """The figure that validation ranks epochs by, of which more is better."""
+    name = judged_by(row)
+    value = JUDGED[name] * row[f"val_{name}"]
     return -math.inf if math.isnan(value) else value
 
 

@@ -1,0 +1,166 @@
+"""Environments of gymnasium, with numbers of theirs drawn by task."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from metahpo.errors import ConfigError, NetError, one_line
+from metahpo.functional.levels import under_torch_func
+from metahpo.rl.environment import Step
+
+# A seed is a column of float32 parameters, which holds whole numbers up to this one exactly.
+SEEDS = 2**24
+
+
+class Gym:
+    """The environment ``id`` of gymnasium; each number in ``vary`` is set anew for every task.
+
+    vary: attributes of the unwrapped environment, and the range that each is drawn from, uniformly. They must be such
+    that the environment reads them at every step (Pendulum-v1: the mass ``m`` in kg, the length ``l`` in m, gravity
+    ``g`` in m/s^2). options: arguments of ``gymnasium.make``. A task's parameters are those numbers, and a seed for
+    each episode, from which the environment draws its first state. Actions of [-1, 1] are scaled to the environment's
+    bounds; an episode that it truncates has ended.
+
+    It is stepped episode by episode in Python, so it runs on the engines ``loop`` and ``threads`` alone.
+
+    Raises ConfigError where gymnasium or what the environment needs is not installed, the environment is unknown or has
+    no such number, and NetError where its actions are not a bounded vector of real numbers, or its observations no
+    vector: a Gaussian policy cannot take it.
+    """
+
+    # Ends the error where the environment cannot be made.
+    advice = ""
+
+    def __init__(self, id: str, vary: Mapping[str, tuple[float, float]] | None = None, **options: Any):
+        self.name, self.vary, self.options = id, dict(vary or {}), options
+        self._ready: dict[int, list[Any]] = {}
+        probe = self._make()
+        try:
+            self.low, self.high = _action_bounds(probe.action_space, id)
+            self.action_size = len(self.low)
+            self.observation_size = _observation_size(probe.observation_space, id)
+            for attribute in self.vary:
+                _check_attribute(probe.unwrapped, attribute, id)
+        finally:
+            probe.close()
+
+    # What a family of tasks may override.
+
+    def draw_task(self, rng: np.random.Generator) -> np.ndarray:
+        """The numbers [P - 1] of a new task."""
+        return np.array([rng.uniform(*bounds) for bounds in self.vary.values()])
+
+    def configure(self, environment: Any, task: np.ndarray) -> None:
+        """Makes the unwrapped ``environment`` that of the task with the numbers ``task`` [P - 1]."""
+        for attribute, value in zip(self.vary, task):
+            setattr(environment, attribute, float(value))
+
+    def reward(self, reward: float, info: Mapping[str, Any], task: np.ndarray) -> float:
+        """The reward of a step for which gymnasium gave ``reward`` and ``info``."""
+        return reward
+
+    # What the rollouts use.
+
+    def draw(self, rng: np.random.Generator, episodes: int) -> np.ndarray:
+        task = np.tile(self.draw_task(rng), (episodes, 1))
+        return np.concatenate([task, rng.integers(SEEDS, size=(episodes, 1))], 1)
+
+    def reset(self, parameters: Tensor) -> tuple[Any, Tensor]:
+        if under_torch_func():
+            raise NetError(
+                f"environment {self.name} is stepped in Python, task by task, which engines vmap, trace and graph "
+                "cannot; choose training.engine loop or threads"
+            )
+        rows = parameters.cpu().double().numpy()
+        environments = self._environments(len(rows))
+        seen = []
+        for environment, row in zip(environments, rows):
+            self.configure(environment.unwrapped, row[:-1])
+            seen.append(environment.reset(seed=int(row[-1]))[0])
+        return (environments, rows, np.zeros(len(rows), bool)), _tensor(seen, parameters)
+
+    def step(self, state: Any, actions: Tensor, parameters: Tensor) -> Step:
+        environments, rows, ended = state
+        unit = actions.clamp(-1, 1).cpu().double().numpy()
+        torques = (self.low + (unit + 1) / 2 * (self.high - self.low)).astype(np.float32)
+        seen, rewards = np.zeros((len(rows), self.observation_size)), np.zeros(len(rows))
+        done = ended.copy()
+        for e in np.flatnonzero(~ended):
+            seen[e], reward, terminated, truncated, info = environments[e].step(torques[e])
+            rewards[e] = self.reward(float(reward), info, rows[e, :-1])
+            done[e] = terminated or truncated
+        found = [_tensor(values, parameters) for values in (seen, rewards)]
+        return Step((environments, rows, done), *found, torch.as_tensor(done, device=parameters.device))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Gym:
+        """Itself: the copies of a learner that threads work with may share it, as each thread has its environments."""
+        return self
+
+    def _environments(self, count: int) -> list[Any]:
+        """This thread's first ``count`` environments; made once, as some take long to make."""
+        ready = self._ready.setdefault(threading.get_ident(), [])
+        while len(ready) < count:
+            ready.append(self._make())
+        return ready[:count]
+
+    def _make(self) -> Any:
+        try:
+            import gymnasium
+        except ImportError as error:
+            raise ConfigError(
+                f'data.source gym needs gymnasium: pip install "metahpo[rl]" ({one_line(error)})'
+            ) from None
+        try:
+            return gymnasium.make(self.name, disable_env_checker=True, **self.options)
+        except (gymnasium.error.Error, ImportError, TypeError) as error:
+            raise ConfigError(
+                f"gymnasium cannot make environment {self.name!r}: {one_line(error)}{self.advice}"
+            ) from error
+
+
+def _action_bounds(space: Any, id: str) -> tuple[np.ndarray, np.ndarray]:
+    from gymnasium.spaces import Box
+
+    flat = isinstance(space, Box) and len(space.shape) == 1 and np.issubdtype(space.dtype, np.floating)
+    if not flat or not space.is_bounded("both"):
+        raise NetError(
+            f"environment {id}: its action space is {one_line(space)}, expected a Box of one dimension, of real "
+            "numbers with bounds: the policy is Gaussian"
+        )
+    return space.low.astype(float), space.high.astype(float)
+
+
+def _observation_size(space: Any, id: str) -> int:
+    from gymnasium.spaces import Box
+
+    if not isinstance(space, Box) or len(space.shape) != 1:
+        raise NetError(
+            f"environment {id}: its observation space is {one_line(space)}, expected a Box of one dimension, which the "
+            "policy's net takes"
+        )
+    return space.shape[0]
+
+
+def _check_attribute(environment: Any, attribute: str, id: str) -> None:
+    value, found = getattr(environment, attribute, None), None
+    if value is None:
+        found = "has no attribute of that name"
+    elif isinstance(value, bool) or not isinstance(value, (int, float)):
+        found = f"has {one_line(value, 60)!r} there"
+    else:
+        try:
+            setattr(environment, attribute, value)
+        except AttributeError:
+            found = "does not let it be set"
+    if found:
+        raise ConfigError(f"data.vary.{attribute}: should be a number of environment {id}, which {found}")
+
+
+def _tensor(values: Any, like: Tensor) -> Tensor:
+    return torch.as_tensor(np.asarray(values), dtype=like.dtype, device=like.device)
