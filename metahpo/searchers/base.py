@@ -113,6 +113,11 @@ class Searcher:
         """
         raise NotImplementedError
 
+    def recommend(self, history: History, space: Space) -> Observation | None:
+        """Of the trials so far the one to take, for a searcher with a model of the noise: the best loss of many is a
+        lucky one. None: that with the best loss."""
+        return None
+
     def check(self, space: Space) -> None:
         """Raises SearchError if the space cannot be searched this way."""
 

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from metahpo.searchers.acquisition import ACQUISITIONS, Cube, acquisition, key, maximised
-from metahpo.searchers.base import History, Searcher, initial
+from metahpo.searchers.base import History, Observation, Searcher, initial
 from metahpo.searchers.checks import above, at_least, one_of
 from metahpo.searchers.gaussian_process import NOISE, GaussianProcess, features, fit
 from metahpo.searchers.space import Settings, Space
@@ -42,10 +42,7 @@ class Bayesian(Searcher):
         if len(history.complete) < 2:
             return space.sample(rng)
         cube = Cube(space)
-        told = cube.snap(np.array([space.encode(o.settings) for o, _ in history.told]))
-        values = transformed(np.array([loss for _, loss in history.told]), self.initial)
-        inputs, owners = features(space, told)
-        found = fit(inputs, owners, values, self.noise)
+        told, inputs, owners, values, found = self._fitted(history, space, cube)
         gp, at_work = GaussianProcess(found, inputs, owners, values), None
         if history.pending:
             points = cube.snap(np.array([space.encode(o.settings) for o in history.pending]))
@@ -65,6 +62,23 @@ class Bayesian(Searcher):
         taken = {key(point) for point in cube.snap(np.array([space.encode(o.settings) for o in history]))}
         point = maximised(cube, score, told[np.argsort(-values[: len(told)])[:5]], rng, taken)
         return space.sample(rng) if point is None else space.decode(point)
+
+    def recommend(self, history: History, space: Space) -> Observation | None:
+        """The trial with the best mean of what it gave and what the process expects there: of the difference, half is
+        taken for luck and half for what the process does not know of the setting."""
+        if len(history.complete) < 3:
+            return None
+        _, inputs, owners, values, found = self._fitted(history, space, Cube(space))
+        merits = values + GaussianProcess(found, inputs, owners, values).expected(inputs)
+        complete = [(merit, -o.number, o) for merit, (o, _) in zip(merits, history.told) if o.state == "complete"]
+        return max(complete)[2]
+
+    def _fitted(self, history: History, space: Space, cube: Cube) -> tuple:
+        """Of the trials that ended: points [N, D] and, for the process, inputs, owners, values and hyperparameters."""
+        told = cube.snap(np.array([space.encode(o.settings) for o, _ in history.told]))
+        values = transformed(np.array([loss for _, loss in history.told]), self.initial)
+        inputs, owners = features(space, told)
+        return told, inputs, owners, values, fit(inputs, owners, values, self.noise)
 
 
 def transformed(losses: np.ndarray, first: int) -> np.ndarray:

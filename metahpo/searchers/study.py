@@ -138,6 +138,13 @@ class Study:
         return min(ranked, key=lambda r: (signs[0] * (r.score or 0.0), r.number), default=None)
 
     @property
+    def recommended(self) -> TrialRecord | None:
+        """The trial that the searcher would take: ``best``, unless it has a model of how much luck is in the scores
+        (of the first objective)."""
+        found = self.searcher.recommend(self.history(), self.space)
+        return self.best if found is None else self._records[found.number]
+
+    @property
     def front(self) -> list[TrialRecord]:
         """The complete trials that no other one beats in all objectives, by the first objective."""
         complete = [r for r in self._records if r.state == "complete"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -18,6 +18,8 @@ from metahpo.searchers.store import distribution
 from searchers.tables import Table, load
 
 INITIAL = 10
+# How often a contender is asked, after the first, which trial it would take.
+EVERY = 5
 # They need more than a table of full trainings (budgets, gradients), or try all settings in turn.
 UNFIT = ("grid", "gradient", "successive_halving", "hyperband", "asha", "bohb")
 PEERS = ("optuna TPE", "optuna GP")
@@ -25,13 +27,15 @@ PEERS = ("optuna TPE", "optuna GP")
 CONTROL = "random, means seen"
 
 Settings = dict[str, Any]
-# From the loss of the last settings (None at first) to the next ones.
-Proposals = Iterator[Settings]
 
 
 @dataclass(frozen=True)
 class Race:
-    """regrets: [evaluations], of the setting with the best loss seen so far; seconds: [evaluations], of proposing."""
+    """regrets: [evaluations], of the setting that a contender would take so far; seconds: [evaluations], of proposing.
+
+    Ours say what they would take (``Study.recommended``), which the Bayesian searcher's model has a say in; Optuna's
+    ``best_trial`` is that with the best loss seen.
+    """
 
     regrets: np.ndarray
     seconds: np.ndarray
@@ -51,57 +55,64 @@ def race(table: str, contender: str, seed: int, evaluations: int) -> Race:
     losses = found.means if contender == CONTROL else found.noisy(seed)
     rng = np.random.default_rng([seed, crc32(table.encode())])
     first = [found.space.sample(rng) for _ in range(INITIAL)]
-    rows, seconds = [], []
-    propose = peer(contender, found, first, seed) if contender in PEERS else own(contender, found, first, seed)
-    loss = None
-    for _ in range(evaluations):
+    rows, seconds, taken = [], [], []
+    search = Peer(contender, found, first, seed) if contender in PEERS else Own(contender, found, first, seed)
+    for number in range(1, evaluations + 1):
         start = time.perf_counter()
-        settings = propose(loss)
+        settings = search.ask()
         seconds.append(time.perf_counter() - start)
         rows.append(found.row(settings))
-        loss = float(losses[rows[-1]])
-    seen = losses[rows]
-    best = [int(np.argmin(seen[: i + 1])) for i in range(evaluations)]
-    return Race(found.regrets[rows][best], np.array(seconds))
+        search.tell(float(losses[rows[-1]]))
+        taken.append(search.taken() if number <= INITIAL or number % EVERY == 0 else taken[-1])
+    return Race(found.regrets[rows][taken], np.array(seconds))
 
 
 cached: Callable[[str], Table] = lru_cache(2)(load)
 
 
-def own(name: str, table: Table, first: list[Settings], seed: int) -> Callable[[float | None], Settings]:
-    searcher: Searcher = Random() if name == CONTROL else SEARCHERS[name]()
-    study, asked = Study(table.space, searcher, seed=seed), []
+class Own:
+    """One of our searchers."""
 
-    def propose(loss: float | None) -> Settings:
-        if loss is not None:
-            study.tell(asked[-1], loss)
-        asked.append(study.ask(first[len(asked)] if len(asked) < len(first) else None))
-        return asked[-1].settings
+    def __init__(self, name: str, table: Table, first: list[Settings], seed: int):
+        searcher: Searcher = Random() if name == CONTROL else SEARCHERS[name]()
+        self.study, self.first = Study(table.space, searcher, seed=seed), first
 
-    return propose
+    def ask(self) -> Settings:
+        count = len(self.study.trials)
+        self.trial = self.study.ask(self.first[count] if count < len(self.first) else None)
+        return self.trial.settings
+
+    def tell(self, loss: float) -> None:
+        self.study.tell(self.trial, loss)
+
+    def taken(self) -> int:
+        """The number of the trial that it would take."""
+        assert self.study.recommended is not None
+        return self.study.recommended.number
 
 
-def peer(name: str, table: Table, first: list[Settings], seed: int) -> Callable[[float | None], Settings]:
-    import warnings
+class Peer:
+    """One of Optuna's samplers."""
 
-    import optuna
+    def __init__(self, name: str, table: Table, first: list[Settings], seed: int):
+        import warnings
 
-    warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    samplers = optuna.samplers
-    kinds = {
-        "optuna TPE": lambda: samplers.TPESampler(seed=seed, n_startup_trials=INITIAL),
-        "optuna GP": lambda: samplers.GPSampler(seed=seed, n_startup_trials=INITIAL),
-    }
-    study, asked = optuna.create_study(sampler=kinds[name]()), []
-    distributions = {key: distribution(setting) for key, setting in table.space.settings.items()}
-    for settings in first:
-        study.enqueue_trial(settings)
+        import optuna
 
-    def propose(loss: float | None) -> Settings:
-        if loss is not None:
-            study.tell(asked[-1], loss)
-        asked.append(study.ask(distributions))
-        return asked[-1].params
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        kind = {"optuna TPE": optuna.samplers.TPESampler, "optuna GP": optuna.samplers.GPSampler}[name]
+        self.study = optuna.create_study(sampler=kind(seed=seed, n_startup_trials=INITIAL))
+        self.distributions = {key: distribution(setting) for key, setting in table.space.settings.items()}
+        for settings in first:
+            self.study.enqueue_trial(settings)
 
-    return propose
+    def ask(self) -> Settings:
+        self.trial = self.study.ask(self.distributions)
+        return self.trial.params
+
+    def tell(self, loss: float) -> None:
+        self.study.tell(self.trial, loss)
+
+    def taken(self) -> int:
+        return self.study.best_trial.number

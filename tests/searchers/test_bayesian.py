@@ -114,3 +114,38 @@ def test_pending_trials_are_kept_away_from():
 def test_bad_options_are_told(options, expected):
     with pytest.raises(SearchError, match=f"^{expected}$"):
         Study(BRANIN, replace(Bayesian(), **options))
+
+
+def told(searcher, losses, direction="minimize"):
+    """A study of x with those losses, by x."""
+    study = Study(Space(x=Float(0, 1)), searcher, direction=direction)
+    for x, loss in losses.items():
+        study.tell(study.ask({"x": x}), loss)
+    return study
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_it_recommends_what_is_good_beyond_luck(sign):
+    """A lucky draw at a bad place is the best loss, and not what a model of the noise takes."""
+    noise = np.random.default_rng(0).normal(0, 0.05, 40)
+    losses = {float(x): sign * float((x - 0.3) ** 2 + e) for x, e in zip(np.linspace(0, 1, 40), noise)}
+    lucky = min(losses, key=lambda x: abs(x - 0.9))
+    losses[lucky] = sign * -0.12
+    direction = "minimize" if sign == 1 else "maximize"
+    assert told(Random(), losses, direction).recommended.settings["x"] == lucky
+    study = told(Bayesian(), losses, direction)
+    assert study.best.settings["x"] == lucky
+    assert abs(study.recommended.settings["x"] - 0.3) < 0.15
+
+
+def test_it_recommends_the_best_where_there_is_no_luck():
+    losses = {float(x): float((x - 0.3) ** 2) for x in np.linspace(0, 1, 15)}
+    study = told(Bayesian(noise=0.01), losses)
+    assert study.recommended == study.best
+
+
+def test_it_recommends_nothing_before_a_trial_is_complete():
+    study = Study(Space(x=Float(0, 1)), Bayesian())
+    assert study.recommended is None
+    study.tell(study.ask(), 1.0)
+    assert study.recommended == study.best
