@@ -59,7 +59,8 @@ def build_learner(config: RunConfig, example: Task) -> MetaLearner:
                     f"learner.name: {settings.name} gave {type(learner).__name__}, expected a MetaLearner"
                 )
             return learner
-        if isinstance(settings, PolicyMAMLSettings) and environment:
+        if isinstance(settings, PolicyMAMLSettings):
+            assert environment is not None  # environment_of refuses other data.
             return PolicyMAML(net, environment, **settings.model_dump(exclude={"name"}))
         kind = MAML if isinstance(settings, MAMLSettings) else MAMLPlusPlus
         options = settings.model_dump(exclude={"name", "inner_gradient", "remat"})
