@@ -23,7 +23,9 @@ def environment_of(config: RunConfig) -> Environment | None:
             raise ConfigError(f"data.source: found {data.source}, expected navigation or gym for learner policy_maml")
         return None
     if not acts and not isinstance(learner, CustomLearner):
-        raise ConfigError(f"learner.name: found {learner.name}, expected policy_maml for data.source {data.source}")
+        raise ConfigError(
+            f"learner.name: found {learner.name}, expected policy_maml for data.source {config.data.source}"
+        )
     if acts and data.episodes % learner.steps:
         raise ConfigError(
             f"data.episodes: found {data.episodes}, expected a multiple of learner.steps, {learner.steps}: each step "

@@ -13,6 +13,7 @@ from metahpo.training.settings import InnerGradientName, RematName, Settings
 class InnerLoopSettings(Settings):
     """What every learner with an inner loop has."""
 
+    name: str
     steps: int = Field(default=5, ge=1)
     inner_lr: float = Field(default=0.1, gt=0, description="(initial) rate of the inner steps")
 

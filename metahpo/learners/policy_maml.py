@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 from torch import Tensor, nn
 
 from metahpo.errors import NetError
@@ -110,4 +112,4 @@ class PolicyMAML(MAML):
 
     def _policy(self, params: Params, observations: Tensor) -> tuple[Tensor, Tensor]:
         output, _ = self.module.apply_with(params, self.module.buffers_by_name(), observations, training=False)
-        return output
+        return cast(tuple[Tensor, Tensor], output)  # A net may give any tree.

@@ -95,8 +95,8 @@ class Gym:
             seen[e], reward, terminated, truncated, info = environments[e].step(torques[e])
             rewards[e] = self.reward(float(reward), info, rows[e, :-1])
             done[e] = terminated or truncated
-        found = [_tensor(values, parameters) for values in (seen, rewards)]
-        return Step((environments, rows, done), *found, torch.as_tensor(done, device=parameters.device))
+        ends = torch.as_tensor(done, device=parameters.device)
+        return Step((environments, rows, done), _tensor(seen, parameters), _tensor(rewards, parameters), ends)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Gym:
         """Itself: the copies of a learner that threads work with may share it, as each thread has its environments."""

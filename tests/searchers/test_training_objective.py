@@ -220,8 +220,8 @@ def test_arguments_of_ones_own_code_are_keys_too():
 
 
 def test_a_key_that_the_learner_has_not_fails_the_trial(run):
-    with pytest.raises(ConfigError, match=r"trial: unknown key 'learner.multi_step_epochs'; known: name, steps"):
-        run(losses(), learner__multi_step_epochs=3)
+    with pytest.raises(ConfigError, match=r"trial: unknown key 'learner.context'; known: name, steps"):
+        run(losses(), learner__context=3)
 
 
 # Budgets.
