@@ -215,16 +215,17 @@ def test_keys_of_any_section_and_of_ones_own_code_can_be_set():
             "space.learner.name at 'mmaml': learner.name: did you mean 'maml'?",
         ),
         (
-            {"learner.name": {"choice": ["maml", "maml_pp"]}, "learner.multi_step_epochs": {"int": [0, 2]}},
-            "space.learner.multi_step_epochs: learner maml has no 'multi_step_epochs'; let it exist for the others "
-            "alone: when: {learner.name: maml_pp}",
+            {"learner.name": {"choice": ["maml", "meta_sgd"]}, "learner.learn_lr": {"choice": [True, False]}},
+            "space.learner.learn_lr: learner meta_sgd has no 'learn_lr'; let it exist for the others alone: "
+            "when: {learner.name: maml}",
         ),
         (
             {
-                "learner": {"choice": ["maml", {"name": "maml_pp", "steps": 2}]},
+                "learner": {"choice": ["proto_net", {"name": "maml_pp", "steps": 2}]},
                 "learner.per_step_affine": {"choice": [True]},
             },
-            "space.learner.per_step_affine: learner maml has no 'per_step_affine'; let it exist for the others alone: "
+            "space.learner.per_step_affine: learner proto_net has no 'per_step_affine'; let it exist for the others "
+            "alone: "
             "when: {learner: maml_pp}",
         ),
         (
