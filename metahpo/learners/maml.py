@@ -70,8 +70,8 @@ class MAML(MetaLearner):
         names = self.adapted_names()
         if not names:
             raise NetError(
-                f"{type(net).__name__} has no parameter to adapt by {type(self).__name__}: all are frozen, batch-norm scales "
-                "and shifts, or of layers that it leaves alone"
+                f"{type(net).__name__} has no parameter to adapt by {type(self).__name__}: all are frozen, batch-norm "
+                "scales and shifts, or of layers that it leaves alone"
             )
         if rule is not None and improvements.layer_step_rates:
             raise NetError("layer_step_rates is itself an update rule; give either it or rule")

@@ -71,9 +71,9 @@ def test_is_built_from_a_config():
     net = {"name": "resnet12", "widths": [2, 3, 4, 5], "slope": 0.3}
     config = RunConfig(data={"source": "glyphs"}, net=net, learner={"name": "maml"})
     x, y = torch.zeros(WAYS, 1, 10, 10), torch.arange(WAYS)
-    built = build_net(config, Task(x, y, x, y))
+    built = build_net(config.net, Task(x, y, x, y))
     assert isinstance(built, ResNet12)
     assert [block.activation.negative_slope for block in built.blocks] == [0.3] * 4
     assert built.linear.weight.shape == (WAYS, 5)
     with pytest.raises(NetError, match=r"net resnet12 takes images \[C, H, W\]; the data gives \[10\]"):
-        build_net(config, Task(x[:, 0, 0], y, x[:, 0, 0], y))
+        build_net(config.net, Task(x[:, 0, 0], y, x[:, 0, 0], y))
