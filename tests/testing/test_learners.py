@@ -22,10 +22,13 @@ from metahpo.learners import (
     MetaCurvature,
     MetaLearner,
     MetaSGD,
+    PolicyMAML,
     ProtoNet,
     Reptile,
     WarpMAML,
 )
+from metahpo.rl import Navigation
+from metahpo.tasks import RolloutTasks, Task
 from metahpo.testing import LEARNER_CHECKS, check_learner
 from metahpo.testing.learner_checks import (
     engines_agree,
@@ -73,6 +76,29 @@ def test_every_learner_conforms(name, check):
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", category=DeprecationWarning)
         check_learner(kind, checks=[check], **options)
+
+
+class Episodes(RolloutTasks):
+    """Of navigation, in float64."""
+
+    def batch(self, indices):
+        return Task(*(t.double() for t in super().batch(indices)))
+
+
+@pytest.mark.parametrize("check", LEARNER_CHECKS, ids=lambda check: check.__name__)
+@pytest.mark.parametrize("first_order", [False, True])
+def test_policies_conform(check, first_order):
+    check_learner(
+        PolicyMAML,
+        net=lambda: torch.nn.Sequential(torch.nn.Linear(2, 8), torch.nn.Tanh(), torch.nn.Linear(8, 2)),
+        tasks=Episodes(Navigation(), "train", episodes=4, horizon=5),
+        # Differences would see how the weights change what is rolled out; tests/learners/test_policy_maml.py compares.
+        exact=False,
+        checks=[check],
+        environment=Navigation(),
+        steps=2,
+        first_order=first_order,
+    )
 
 
 class Good(MetaLearner):
