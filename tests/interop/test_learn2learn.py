@@ -64,7 +64,7 @@ def test_it_trains_on_its_own_tasks_and_resumes(l2l, tmp_path):
     dataset = l2l.data.MetaDataset(TensorDataset(glyphs.images[few] / 255, glyphs.labels[few]))
     transforms = [t.FusedNWaysKShots(dataset, n=5, k=4), t.LoadData(dataset), t.RemapLabels(dataset)]
     source = Learn2LearnTasks(l2l.data.Taskset(dataset, transforms), shots=1)
-    settings = TrainingSettings.of(epochs=2, iterations=20, tasks=3, val_tasks=20, engine="loop", lr=0.02)
+    settings = TrainingSettings.of(epochs=2, iterations=20, tasks=3, val_tasks=20, engine="loop", lr=0.02, threads=1)
 
     def learner():
         torch.manual_seed(0)

@@ -166,7 +166,8 @@ def test_missing_and_damaged_files_are_named(tmp_path):
 
 
 def test_download_goes_through_torchvision_only_where_the_folder_is_missing(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "torchvision", None)
+    for name in ("torchvision", "torchvision.datasets"):
+        monkeypatch.setitem(sys.modules, name, None)
     assert "pip install 'metahpo[vision]'" in refusal(tmp_path, download=True)
     asked = []
 
