@@ -9,8 +9,8 @@ from torch import nn
 
 from metahpo import learners
 from metahpo.building_net import build_net, build_policy_net, check_net, outputs_of
-from metahpo.building_rl import environment_of
 from metahpo.config import RunConfig
+from metahpo.config_data import RolloutSettings
 from metahpo.config_episodes import EpisodeSettings
 from metahpo.config_learners import CustomLearner, LinearHeadSettings, ProtoNetSettings
 from metahpo.custom import call
@@ -44,9 +44,8 @@ def build_learner(config: RunConfig, tasks: dict[str, TaskSource]) -> MetaLearne
     Raises NetError if the net cannot take the inputs or its output does not fit the targets, ConfigError if the learner
     does not fit the data.
     """
-    environment = environment_of(config)
-    if environment:
-        return _policy(config, environment)
+    if isinstance(config.data, RolloutSettings):
+        return _policy(config, next(iter(tasks.values())).environment)  # type: ignore[attr-defined]
     example = _widest(config, _example(config, tasks))
     regression = example.query_y.is_floating_point()
     loss = F.mse_loss if regression else F.cross_entropy

@@ -50,7 +50,8 @@ def main() -> int:
         jobs = [(root / f"{name}-{seed}", name, seed, options.quick) for seed in seeds for name in chosen]
         with ThreadPoolExecutor(options.workers) as pool:
             rows = list(pool.map(lambda job: row(*job), jobs))
-    rows = [{**r, "megabytes": memory(r["learner"])} for r in rows]
+    megabytes = {name: memory(name) for name in chosen}
+    rows = [{**r, "megabytes": megabytes[r["learner"]]} for r in rows]
     print_table(rows)
     promises = compared(rows) if not options.quick else {}
     for text, kept in promises.items():

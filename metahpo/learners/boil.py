@@ -15,4 +15,5 @@ class BOIL(MAML):
 
     def adapted_names(self) -> list[str]:
         names = super().adapted_names()
-        return [name for name in names if name not in head_of(names)]
+        head = head_of(names)
+        return [name for name in names if name not in head]

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from metahpo.errors import NetError
 from metahpo.functional import Params
 from metahpo.functional.surgery import with_layers
 from metahpo.learners.base import Adapted
@@ -63,11 +64,15 @@ class CAVIA(MAML):
 
 def _place(net: nn.Module) -> str:
     names = [name for name, module in net.named_modules() if isinstance(module, NORMS)]
-    return names[-1] if names else next(name for name, m in net.named_modules() if isinstance(m, LAYERS))
+    names = names or [name for name, m in net.named_modules() if isinstance(m, LAYERS)][:1]
+    if not names:
+        raise NetError(f"{type(net).__name__} has no batch norm, convolution or Linear layer; name one by after")
+    return names[-1]
 
 
 def _channels(layer: nn.Module) -> int:
     for name in ("num_features", "out_channels", "out_features"):
         if hasattr(layer, name):
             return getattr(layer, name)
-    raise TypeError(f"a {type(layer).__name__} does not say how many channels it has")
+    kinds = ", ".join(kind.__name__ for kind in (*NORMS, *LAYERS))
+    raise NetError(f"after: a {type(layer).__name__} does not say how many channels it gives; expected one of {kinds}")

@@ -14,7 +14,7 @@ from metahpo.errors import NetError
 from metahpo.functional import Params
 from metahpo.functional.levels import under_torch_func
 from metahpo.functional.trees import map_tree
-from metahpo.inner import SGD, ConjugateGradients, FirstOrder, Reverse, UpdateRule, unroll
+from metahpo.inner import ConjugateGradients, FirstOrder, Reverse, UpdateRule, unroll
 from metahpo.inner.linear_solve import correction
 from metahpo.inner.rules.curvature import flat, hessian_product, split
 from metahpo.learners.base import Adapted, Loss
@@ -53,7 +53,6 @@ class IMAML(MAML):
     ):
         if not strength > 0 or cg_steps < 0:
             raise NetError(f"iMAML needs strength > 0 and cg_steps >= 0, found {strength} and {cg_steps}")
-        rule = rule or SGD(inner_lr)
         super().__init__(net, steps=steps, inner_lr=inner_lr, loss=loss, adapt_norms=adapt_norms, rule=rule)
         self.strength, self.cg_steps = strength, cg_steps
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from itertools import islice
+from itertools import cycle, islice
 
 import torch
 import torch.nn.functional as F
@@ -62,7 +62,7 @@ class Reptile(MAML):
             inner_loss,
             self.rule,
             start.params,
-            islice(batches * steps, steps),
+            islice(cycle(batches), steps),
             carry=start.buffers,
             gradient=FirstOrder(),
             keep_steps=False,

@@ -68,9 +68,8 @@ def learning_curves(history: Sequence[Mapping[str, float]]) -> Curves:
     if judged == "return":
         before = _line(history, "val, before adapting", "val_return_before", interval=False)
         returns = [_line(history, "train", "train_return"), _line(history, "val", "val_return"), before]
-        panels = [
-            _panel("return", returns)
-        ]  # The outer loss is no measure of progress, that of validation minus these.
+        # The outer loss is no measure of progress; that of validation is minus these.
+        panels = [_panel("return", returns)]
     if judged == "accuracy":
         panels.append(_panel("accuracy", [_line(history, "train", "train_accuracy"), *_val_accuracies(history)]))
     panels.append(_panel("outer learning rate", [_line(history, "outer rate", "lr")]))

@@ -24,6 +24,10 @@ from metahpo.training.trainer import Trainer
 
 # Engines sum in other orders, which batch norm and a maximum amplify.
 AGREE = 1e-6
+# A run of two epochs.
+SETTINGS = TrainingSettings(
+    epochs=2, iterations=2, tasks=2, val_tasks=2, lr=1e-2, engine="loop", device="cpu", check=False
+)
 
 
 def gives_a_loss(subject: LearnerSubject) -> None:
@@ -169,7 +173,7 @@ def _tensors_of(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
 def saves_and_loads(subject: LearnerSubject) -> None:
     """Its state_dict, through a file that holds no code, is all that a run needs."""
     trained, fresh = subject.fresh(), subject.fresh()
-    trainer = Trainer(trained, subject.source, subject.source, _settings(subject))
+    trainer = Trainer(trained, subject.source, subject.source, SETTINGS)
     trainer.fit()
     file = io.BytesIO()
     torch.save(trained.state_dict(), file)
@@ -182,22 +186,16 @@ def saves_and_loads(subject: LearnerSubject) -> None:
 
 def resumes(subject: LearnerSubject) -> None:
     """A run that was stopped after its first epoch goes on to the same weights bit for bit."""
-    settings, source = _settings(subject), subject.source
-    whole = Trainer(subject.fresh(), source, source, settings)
+    source = subject.source
+    whole = Trainer(subject.fresh(), source, source, SETTINGS)
     whole.fit()
     with tempfile.TemporaryDirectory() as folder:
-        Trainer(subject.fresh(), source, source, settings, folder).fit(until_epoch=1)
+        Trainer(subject.fresh(), source, source, SETTINGS, folder).fit(until_epoch=1)
         rest = Trainer.resume(folder, subject.fresh(), source, source)
         rest.fit()
     for name, value in whole.learner.state_dict().items():
         gap = distance(rest.learner.state_dict()[name], value)
         assert gap == 0, f"{name} of a run that was resumed differs by {gap:.1e} from that of one that was not"
-
-
-def _settings(subject: LearnerSubject) -> TrainingSettings:
-    return TrainingSettings(
-        epochs=2, iterations=2, tasks=2, val_tasks=2, lr=1e-2, engine="loop", device="cpu", check=False
-    )
 
 
 LEARNER_CHECKS = (

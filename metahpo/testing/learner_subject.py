@@ -87,7 +87,7 @@ class LearnerSubject:
 
 
 def distance(first: torch.Tensor, second: torch.Tensor) -> float:
-    """How far apart two tensors are, relative to the second's largest value (or 1, if that is more than all)."""
+    """How far apart two tensors are, relative to the second's largest value (or 1e-3, if that is less)."""
     if first.shape != second.shape:
         return math.inf
     if not second.numel():

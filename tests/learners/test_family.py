@@ -154,6 +154,10 @@ def test_cavia_adapts_its_context_alone(net, tasks):
     torch.testing.assert_close(adapted.params[name], context)
     with pytest.raises(NetError, match="has no layer 'head'"):
         CAVIA(net, after="head")
+    with pytest.raises(NetError, match="after: a Sequential does not say how many channels it gives; expected one of"):
+        CAVIA(net, after="0")
+    with pytest.raises(NetError, match="has no batch norm, convolution or Linear layer"):
+        CAVIA(nn.Sequential(nn.LayerNorm(3)))
 
 
 def test_proto_net_takes_the_nearest_mean_and_no_class_without_support(net, tasks):

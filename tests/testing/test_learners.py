@@ -68,9 +68,17 @@ CASES = {
 }
 
 
+def checked(options):
+    """The checks that say something of such a learner."""
+    return [check for check in LEARNER_CHECKS if check is not gradient_is_right or options.get("exact", True)]
+
+
 @pytest.mark.filterwarnings("error")
-@pytest.mark.parametrize("check", LEARNER_CHECKS, ids=lambda check: check.__name__)
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    ("name", "check"),
+    [(name, check) for name, (_, options) in CASES.items() for check in checked(options)],
+    ids=lambda value: getattr(value, "__name__", value),
+)
 def test_every_learner_conforms(name, check):
     kind, options = CASES[name]
     with warnings.catch_warnings():
@@ -85,7 +93,7 @@ class Episodes(RolloutTasks):
         return Task(*(t.double() for t in super().batch(indices)))
 
 
-@pytest.mark.parametrize("check", LEARNER_CHECKS, ids=lambda check: check.__name__)
+@pytest.mark.parametrize("check", checked({"exact": False}), ids=lambda check: check.__name__)
 @pytest.mark.parametrize("first_order", [False, True])
 def test_policies_conform(check, first_order):
     check_learner(
