@@ -42,6 +42,8 @@ def main() -> int:
     parser.add_argument("--searcher", action="append", metavar="NAME", help=f"of {', '.join(contenders())}")
     parser.add_argument("--table", action="append", metavar="NAME", help="such as HPOBench/car (default: all 15)")
     parser.add_argument("--seeds", type=int, default=20)
+    parser.add_argument("--first-seed", type=int, default=0)
+    parser.add_argument("--best-seen", action="store_true", help="ours take the best loss seen too")
     parser.add_argument("--evaluations", type=int, default=max(AT))
     parser.add_argument("--workers", type=int, default=1, help="searches at a time, each on one thread")
     parser.add_argument("--folder", type=Path, help="keeps finished searches here and goes on from them")
@@ -67,14 +69,9 @@ def main() -> int:
         parser.error("--evaluations should be at least 25, --seeds and --workers at least 1")
     with tempfile.TemporaryDirectory() as folder:
         found = run(tables, chosen, options, options.folder or Path(folder))
-    regrets = {
-        name: np.array([[found[t, name, s]["regrets"] for s in range(options.seeds)] for t in tables])
-        for name in chosen
-    }
-    seconds = {
-        name: np.array([[found[t, name, s]["seconds"] for s in range(options.seeds)] for t in tables])
-        for name in chosen
-    }
+    seeds = seeds_of(options)
+    regrets = {name: np.array([[found[t, name, s]["regrets"] for s in seeds] for t in tables]) for name in chosen}
+    seconds = {name: np.array([[found[t, name, s]["seconds"] for s in seeds] for t in tables]) for name in chosen}
     print_table(regrets, seconds, at)
     promises = {}
     if CONTROL in chosen:
@@ -98,29 +95,35 @@ def run(tables: list[str], chosen: list[str], options: argparse.Namespace, folde
     """Every search's regrets and seconds by (table, searcher, seed)."""
     folder.mkdir(parents=True, exist_ok=True)
     # A table's searches one after the other, for loading one takes a second.
-    keys = [(t, c, s) for t in tables for s in range(options.seeds) for c in chosen]
-    todo = [key for key in keys if not path_of(folder, key, options.evaluations).exists()]
+    keys = [(t, c, s) for t in tables for s in seeds_of(options) for c in chosen]
+    paths = {key: path_of(folder, key, options) for key in keys}
+    todo = [key for key in keys if not paths[key].exists()]
     print(f"{len(keys)} searches, {len(todo)} of them to run", flush=True)
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(options.workers, context) as pool:
-        jobs = [(key, options.evaluations, path_of(folder, key, options.evaluations)) for key in todo]
+        jobs = [(key, options.evaluations, options.best_seen, paths[key]) for key in todo]
         for count, key in enumerate(pool.map(one, jobs), start=1):
             if count % 50 == 0:
                 print(f"{count}/{len(todo)}: {key}", flush=True)
-    return {key: json.loads(path_of(folder, key, options.evaluations).read_text()) for key in keys}
+    return {key: json.loads(path.read_text()) for key, path in paths.items()}
 
 
-def path_of(folder: Path, key: tuple[str, str, int], evaluations: int) -> Path:
+def seeds_of(options: argparse.Namespace) -> range:
+    return range(options.first_seed, options.first_seed + options.seeds)
+
+
+def path_of(folder: Path, key: tuple[str, str, int], options: argparse.Namespace) -> Path:
     table, searcher, seed = key
-    return folder / f"{table.replace('/', '-')}_{searcher.replace(' ', '-')}_{seed}_{evaluations}.json"
+    taken = "_best-seen" if options.best_seen else ""
+    return folder / f"{table.replace('/', '-')}_{searcher.replace(' ', '-')}_{seed}_{options.evaluations}{taken}.json"
 
 
-def one(job: tuple[tuple[str, str, int], int, Path]) -> tuple[str, str, int]:
+def one(job: tuple[tuple[str, str, int], int, bool, Path]) -> tuple[str, str, int]:
     from metahpo.training.checkpoint import write_atomically
     from searchers.race import race
 
-    key, evaluations, path = job
-    found = race(*key, evaluations)
+    key, evaluations, best_seen, path = job
+    found = race(*key, evaluations, best_seen)
     write_atomically(path, json.dumps({"regrets": found.regrets.tolist(), "seconds": found.seconds.tolist()}).encode())
     return key
 
