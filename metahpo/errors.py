@@ -46,6 +46,30 @@ class RankError(MetaHPOError):
     """Another process of a training by several has gone."""
 
 
+class ArgumentError(MetaHPOError, ValueError):
+    """An argument that cannot be meant: the message names it, what was found and what was expected."""
+
+
+class ConfigArgumentError(ConfigError, ArgumentError):
+    """An argument that a configuration or settings could have named too."""
+
+
+class DataArgumentError(DataError, ArgumentError):
+    """An argument of a source of tasks or data."""
+
+
+class NetArgumentError(NetError, ArgumentError):
+    """An argument of a net, learner or update rule."""
+
+
+class HypergradientArgumentError(HypergradientError, ArgumentError):
+    """An argument of a strategy or solver."""
+
+
+class SearchArgumentError(SearchError, ArgumentError):
+    """An argument of a search: of a space, a searcher or a study."""
+
+
 def one_line(error: object, length: int = 300) -> str:
     """What an error (or anything) says, in one line, without the C++ frames that torch may append."""
     return " ".join(str(error).partition("Exception raised from")[0].split())[:length]
