@@ -87,7 +87,12 @@ def check_number(
 
 
 def check_choice(
-    owner: object, name: str, value: Any, known: Iterable[Any], *, error: type[ArgumentError] = ArgumentError
+    owner: object,
+    name: str,
+    value: Any,
+    known: Iterable[Any],
+    *,
+    error: type[ArgumentError] = ArgumentError,
 ) -> Any:
     """The value, one of those known.
 
@@ -104,7 +109,9 @@ def check_choice(
     refuse(owner, name, value, f"one of {', '.join(map(str, known))}{hint}", error)
 
 
-def check_flag(owner: object, name: str, value: Any, *, error: type[ArgumentError] = ArgumentError) -> bool:
+def check_flag(
+    owner: object, name: str, value: Any, *, error: type[ArgumentError] = ArgumentError
+) -> bool:
     """The value, True or False.
 
     Raises:
@@ -131,13 +138,20 @@ def check_type(
         ArgumentError: Of the class ``error``, for any other value.
     """
     if not isinstance(value, kinds):
-        names = " or ".join(kind.__name__ for kind in (kinds if isinstance(kinds, tuple) else (kinds,)))
+        names = " or ".join(
+            kind.__name__ for kind in (kinds if isinstance(kinds, tuple) else (kinds,))
+        )
         refuse(owner, name, value, expected or f"of type {names}", error)
     return value
 
 
 def check_callable(
-    owner: object, name: str, value: Any, expected: str = "a function", *, error: type[ArgumentError] = ArgumentError
+    owner: object,
+    name: str,
+    value: Any,
+    expected: str = "a function",
+    *,
+    error: type[ArgumentError] = ArgumentError,
 ) -> Any:
     """The value, something that can be called; ``expected`` says with what.
 
@@ -154,7 +168,10 @@ def plain(value: Any) -> Any:
     if getattr(value, "shape", None) == () and callable(getattr(value, "item", None)):
         try:
             return value.item()
-        except (RuntimeError, NotImplementedError):  # A tensor without a value: under vmap, on meta.
+        except (
+            RuntimeError,
+            NotImplementedError,
+        ):  # A tensor without a value: under vmap, on meta.
             return value
     return value
 
@@ -163,7 +180,11 @@ def refuse(
     owner: object, name: str, value: Any, expected: str, error: type[ArgumentError] = ArgumentError
 ) -> NoReturn:
     """Raises ``error`` with the one line that says whose argument it is, what was found and what was expected."""
-    whose = owner if isinstance(owner, str) else (owner if isinstance(owner, type) else type(owner)).__name__
+    whose = (
+        owner
+        if isinstance(owner, str)
+        else (owner if isinstance(owner, type) else type(owner)).__name__
+    )
     raise error(f"{whose}: {name} should be {expected}, found {shown(value)}")
 
 
@@ -183,7 +204,11 @@ def shown(value: Any) -> str:
 
 
 def _within(
-    number: float, at_least: float | None, above: float | None, at_most: float | None, below: float | None
+    number: float,
+    at_least: float | None,
+    above: float | None,
+    at_most: float | None,
+    below: float | None,
 ) -> bool:
     return not (
         (at_least is not None and not number >= at_least)
@@ -193,7 +218,21 @@ def _within(
     )
 
 
-def _bounds(at_least: float | None, above: float | None, at_most: float | None, below: float | None) -> str:
-    low = f" of at least {at_least}" if at_least is not None else f" above {above}" if above is not None else ""
-    high = f" at most {at_most}" if at_most is not None else f" below {below}" if below is not None else ""
+def _bounds(
+    at_least: float | None, above: float | None, at_most: float | None, below: float | None
+) -> str:
+    low = (
+        f" of at least {at_least}"
+        if at_least is not None
+        else f" above {above}"
+        if above is not None
+        else ""
+    )
+    high = (
+        f" at most {at_most}"
+        if at_most is not None
+        else f" below {below}"
+        if below is not None
+        else ""
+    )
     return f"{low} and{high}" if low and high else f"{low or ' of'}{high}" if high else low

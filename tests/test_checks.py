@@ -6,7 +6,14 @@ import pytest
 import torch
 
 from metahpo import errors
-from metahpo.checks import check_callable, check_choice, check_flag, check_number, check_type, check_whole
+from metahpo.checks import (
+    check_callable,
+    check_choice,
+    check_flag,
+    check_number,
+    check_type,
+    check_whole,
+)
 
 
 @pytest.mark.parametrize("three", [3, np.int64(3), np.uint8(3), np.array(3), torch.tensor(3)])
@@ -15,10 +22,28 @@ def test_whole_numbers_of_every_library_are_taken_as_int(three):
 
 
 @pytest.mark.parametrize(
-    "value", [True, np.True_, 2.0, 2.5, math.nan, math.inf, "2", None, [2], np.array([2]), torch.tensor(True), 0, -1, 9]
+    "value",
+    [
+        True,
+        np.True_,
+        2.0,
+        2.5,
+        math.nan,
+        math.inf,
+        "2",
+        None,
+        [2],
+        np.array([2]),
+        torch.tensor(True),
+        0,
+        -1,
+        9,
+    ],
 )
 def test_a_whole_number_refuses_all_else_by_name(value):
-    with pytest.raises(ValueError, match=r"^CG: steps should be a whole number of at least 1 and at most 8, found "):
+    with pytest.raises(
+        ValueError, match=r"^CG: steps should be a whole number of at least 1 and at most 8, found "
+    ):
         check_whole("CG", "steps", value, at_least=1, at_most=8)
 
 
@@ -32,10 +57,28 @@ def test_numbers_of_every_library_are_taken_as_float(half):
 
 
 @pytest.mark.parametrize(
-    "value", [True, np.False_, math.nan, np.nan, math.inf, "0.1", None, 1j, [0.1], 10**400, torch.zeros(2), 0, 1, -1.5]
+    "value",
+    [
+        True,
+        np.False_,
+        math.nan,
+        np.nan,
+        math.inf,
+        "0.1",
+        None,
+        1j,
+        [0.1],
+        10**400,
+        torch.zeros(2),
+        0,
+        1,
+        -1.5,
+    ],
 )
 def test_a_number_refuses_all_else_by_name(value):
-    with pytest.raises(errors.ArgumentError, match=r"^CG: tolerance should be a number above 0 and below 1, found "):
+    with pytest.raises(
+        errors.ArgumentError, match=r"^CG: tolerance should be a number above 0 and below 1, found "
+    ):
         check_number("CG", "tolerance", value, above=0, below=1)
 
 
@@ -57,7 +100,9 @@ def test_flags_choices_types_and_functions_refuse_what_only_looks_like_one():
         check_choice("f", "x", False, (0, "a"))
     with pytest.raises(errors.ArgumentError, match="ndarray"):
         check_choice("f", "x", np.arange(3), (0, "a"))
-    with pytest.raises(errors.ArgumentError, match=r"^int: x should be of type list or dict, found 3$"):
+    with pytest.raises(
+        errors.ArgumentError, match=r"^int: x should be of type list or dict, found 3$"
+    ):
         check_type(int, "x", 3, (list, dict))
     with pytest.raises(errors.ArgumentError, match=r"^f: loss should be a function, found None$"):
         check_callable("f", "loss", None)
