@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from metahpo.errors import CheckpointError, UsageError
+from metahpo.errors import CheckpointError, UsageError, shown
 from metahpo.run_dirs import check_new, existing_run_dir, is_search, new_run_dir
 
 if TYPE_CHECKING:
@@ -86,7 +86,7 @@ def _resumed(options: argparse.Namespace) -> tuple[SearchConfig, Path]:
         if override.partition("=")[0] not in allowed:
             raise UsageError(
                 f"--resume takes the run's own config, of which only {', '.join(allowed)} may change; "
-                f"found {override!r} as well"
+                f"found {shown(override)} as well"
             )
     run_dir = existing_run_dir(options.resume)
     if not is_search(run_dir):

@@ -5,18 +5,20 @@ from __future__ import annotations
 import difflib
 import json
 import math
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from inspect import isclass
 from pathlib import Path
 from typing import Any, get_args
 
-import yaml
 from pydantic import BaseModel, ValidationError
 
+from metahpo import yaml_text
 from metahpo.config import NAME_KEY, RUN, Schema
-from metahpo.errors import ConfigError, did_you_mean, one_line
+from metahpo.errors import ConfigError, did_you_mean, shown
 from metahpo.training.settings import Settings
+
+# Of an error's message: characters of a line, and lines.
+_LONGEST, _MOST = 1000, 30
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = (), schema: Schema = RUN) -> Any:
@@ -35,20 +37,16 @@ def read_tree(path: str | Path, schema: Schema = RUN) -> dict[str, Any]:
     """A config file's content, not yet validated; bare names of sections as {name: ...}. Raises ConfigError."""
     path = Path(path)
     try:
-        text = path.read_text(encoding="utf-8")
+        tree = yaml_text.read(path)
     except OSError as error:
-        raise ConfigError(f"cannot read config {path}: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise ConfigError(f"config {path} is not text") from None
-    except ValueError as error:  # A name that no file can have.
-        raise ConfigError(f"cannot read config {str(path)!r}: {error}") from None
-    try:
-        tree = _parse(text)
+        raise ConfigError(f"cannot read config {_name(path)}: {error.strerror}") from None
     except ValueError as error:
-        raise ConfigError(f"config {path} is not YAML: {error}") from None
+        raise ConfigError(f"config {_name(path)} {error}") from None
     if not isinstance(tree, dict):
-        found = "is empty" if tree is None else f"holds {tree!r:.60}"
-        raise ConfigError(f"config {path} {found}; expected keys {', '.join(schema.model.model_fields)}")
+        found = "is empty" if tree is None else f"holds {shown(tree)}"
+        raise ConfigError(
+            f"config {_name(path)} {found}; expected keys {', '.join(schema.model.model_fields)}"
+        )
     for key in schema.unions:
         if isinstance(tree.get(key), str):
             tree[key] = {NAME_KEY[key]: tree[key]}
@@ -64,13 +62,15 @@ def validate(tree: Mapping[str, Any], where: str, schema: Schema = RUN) -> Any:
     except ValidationError as error:
         lines = [_line(dict(e), tree, schema) for e in error.errors()]
     if config is None or lines:
-        raise ConfigError("\n".join(f"{where}: {line}" for line in lines))
+        shortened = [line if len(line) <= _LONGEST else f"{line[:_LONGEST]}..." for line in lines[:_MOST]]
+        more = [f"and {len(lines) - _MOST:,} more errors"] if len(lines) > _MOST else []
+        raise ConfigError("\n".join(f"{where}: {line}" for line in [*shortened, *more]))
     return config
 
 
 def dump_config(config: Settings) -> str:
     """The config as YAML with every setting spelt out; ``load_config`` of it gives the same config."""
-    return yaml.dump(config.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False)
+    return yaml_text.dump(config.model_dump(mode="json"))
 
 
 def describe_keys(schema: Schema = RUN) -> str:
@@ -101,11 +101,11 @@ def parse_override(override: str) -> tuple[str, Any]:
     """The dotted key and the value of KEY.SUB=VALUE."""
     key, equals, text = override.partition("=")
     if not equals or not key:
-        raise ConfigError(f"{override!r} is not an override; expected KEY.SUB=VALUE")
+        raise ConfigError(f"{shown(override)} is not an override; expected KEY.SUB=VALUE")
     try:
-        value = _parse(text)
-    except ValueError:
-        raise ConfigError(f"the value in {override!r} is not YAML") from None
+        value = yaml_text.parse(text)
+    except ValueError as error:
+        raise ConfigError(f"the value in {shown(override)} is not YAML: {error}") from None
     return key, value
 
 
@@ -115,7 +115,7 @@ def apply_override(tree: dict[str, Any], override: str, schema: Schema = RUN) ->
     try:
         set_key(tree, key, value, schema)
     except ConfigError as error:
-        raise ConfigError(f"{override!r}: {error}") from None
+        raise ConfigError(f"{shown(override)}: {error}") from None
 
 
 def set_key(tree: dict[str, Any], key: str, value: Any, schema: Schema = RUN) -> None:
@@ -132,16 +132,6 @@ def set_key(tree: dict[str, Any], key: str, value: Any, schema: Schema = RUN) ->
     if not parents and key in schema.unions and isinstance(value, str):
         value = {NAME_KEY[key]: value}
     node[last] = value
-
-
-def _parse(text: str) -> Any:
-    """The text as YAML; ValueError with the reason in one line."""
-    try:
-        return yaml.load(text, _Loader)
-    except (yaml.YAMLError, ValueError) as error:
-        raise ValueError(one_line(error)) from None
-    except RecursionError:
-        raise ValueError("it is nested too deep") from None
 
 
 # One line an error.
@@ -165,12 +155,12 @@ def _line(error: dict[str, Any], tree: Mapping[str, Any], schema: Schema) -> str
     if kind in ("union_tag_invalid", "union_tag_not_found"):
         return _tag_line(path, tree.get(path), schema.unions[path])
     if kind in ("model_type", "model_attributes_type", "dict_type"):
-        return f"{path}: should be a section of keys, found {found!r}"
+        return f"{path}: should be a section of keys, found {shown(found)}"
     expected: str = error["msg"].removeprefix("Value error, ").replace("Input should", "should")
     expected = {"path_type": "should be a path", "string_pattern_mismatch": "should be MODULE:NAME"}.get(kind, expected)
     # A validator's own words may tell what was found.
     said = kind == "value_error" and (isinstance(found, Mapping) or repr(found) in expected)
-    return f"{path}: {expected}" if said else f"{path}: {expected}, found {found!r}"
+    return f"{path}: {expected}" if said else f"{path}: {expected}, found {shown(found)}"
 
 
 def _section(model: type[BaseModel], keys: Sequence[Any]) -> type[BaseModel]:
@@ -182,56 +172,35 @@ def _section(model: type[BaseModel], keys: Sequence[Any]) -> type[BaseModel]:
 
 
 def _converted(tree: Any, settings: Any, path: str = "") -> Iterator[str]:
-    """A line for each value that pydantic turned into a number (true into 1, "3" into 3), or that is not finite."""
+    """A line for each value that pydantic turned into a number (true into 1, "3" into 3), or that no computation can
+    take: infinite, or a whole number of more than 64 bits."""
     if isinstance(tree, Mapping) and isinstance(settings, Mapping):
         for key, value in tree.items():
             yield from _converted(value, settings.get(key), f"{path}.{key}" if path else str(key))
+    elif isinstance(tree, (list, tuple)) and isinstance(settings, (list, tuple)):
+        for index, (value, setting) in enumerate(zip(tree, settings)):
+            yield from _converted(value, setting, f"{path}.{index}")
     elif isinstance(tree, (bool, str)) and isinstance(settings, (int, float)) and type(tree) is not type(settings):
         expected = "true or false" if isinstance(settings, bool) else "a number"
-        yield f"{path}: should be {expected}, found {tree!r}"
+        yield f"{path}: should be {expected}, found {shown(tree)}"
     elif isinstance(settings, float) and not math.isfinite(settings):
-        yield f"{path}: should be finite, found {settings!r}"
+        yield f"{path}: should be finite, found {shown(settings)}"
+    elif isinstance(settings, int) and abs(settings) >= 2**63:
+        yield f"{path}: should be below 2^63, found {shown(settings)}"
 
 
 def _tag_line(key: str, section: Any, kinds: Mapping[str, Any]) -> str:
     names, name_key = [n for n in kinds if n != "custom"], NAME_KEY[key]
     if not isinstance(section, Mapping):
-        return f"{key}: should be a name or a section, found {section!r}"
+        return f"{key}: should be a name or a section, found {shown(section)}"
     if name_key not in section:
         return f"key '{key}.{name_key}' is missing; one of {', '.join(names)}, or MODULE:NAME of your own"
     near = difflib.get_close_matches(str(section[name_key]), names, 1)
     hint = f"did you mean {near[0]!r}? " if near else ""
     expected = f"should be one of {', '.join(names)}, or MODULE:NAME of your own"
-    return f"{key}.{name_key}: {hint}{expected}, found {section[name_key]!r}"
+    return f"{key}.{name_key}: {hint}{expected}, found {shown(section[name_key])}"
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML in which 1e-3 is a number (YAML 1.1 wants 1.0e-3) and a key given twice is an error."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        for key in _repeated(k.value for k, _ in node.value if isinstance(k, yaml.ScalarNode)):
-            raise yaml.YAMLError(f"key {key!r} is given twice{node.start_mark}")
-        return super().construct_mapping(node, deep)
-
-
-def _repeated(keys: Iterator[Any]) -> Iterator[Any]:
-    seen: set[Any] = set()
-    for key in keys:
-        if key in seen:
-            yield key
-        seen.add(key)
-
-
-class _Dumper(yaml.SafeDumper):
-    """Quotes the strings that ``_Loader`` would read as numbers."""
-
-
-for _yaml in (_Loader, _Dumper):
-    _yaml.add_implicit_resolver(
-        "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
-    )
-# A run directory named 2024-05-17 is a name, not a date.
-_Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith(":timestamp")]
-    for first, resolvers in _Loader.yaml_implicit_resolvers.items()
-}
+def _name(path: Path) -> str:
+    """The path as a message names it."""
+    return str(path) if str(path).isprintable() and len(str(path)) <= 300 else shown(str(path))

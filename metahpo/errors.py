@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import reprlib
 from collections.abc import Iterable
 
 
@@ -75,8 +76,18 @@ def one_line(error: object, length: int = 300) -> str:
     return " ".join(str(error).partition("Exception raised from")[0].split())[:length]
 
 
+def shown(value: object, length: int = 80) -> str:
+    """A value as a message shows it: in one line and cut, however large it is."""
+    text = " ".join(_brief.repr(value).split())
+    return text if len(text) <= length else f"{text[: length - 3]}..."
+
+
+_brief = reprlib.Repr()
+_brief.maxstring = _brief.maxother = _brief.maxlong = 60
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """A hint for a misspelt name: the nearest known one, or all of them."""
     known = list(known)
-    near = difflib.get_close_matches(name, known, 1)
+    near = difflib.get_close_matches(name[:100], known, 1)
     return f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"

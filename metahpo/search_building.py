@@ -10,7 +10,7 @@ from typing import Any
 
 from metahpo.building import build
 from metahpo.custom import find
-from metahpo.errors import ConfigError, MetaHPOError, SearchError, did_you_mean
+from metahpo.errors import ConfigError, MetaHPOError, SearchError, did_you_mean, shown
 from metahpo.search_config import CustomObjective, SearchConfig, SearchSettings
 from metahpo.search_space import check_keys, check_run
 from metahpo.searchers.base import Searcher
@@ -158,7 +158,7 @@ def make_searcher(tree: Any, where: str, training: TrainingObjective | None = No
     """
     tree = {"name": tree} if isinstance(tree, str) else tree
     if not isinstance(tree, Mapping):
-        raise ConfigError(f"{where}: should be a name, or a section with one, found {tree!r}")
+        raise ConfigError(f"{where}: should be a name, or a section with one, found {shown(tree)}")
     if "name" not in tree:
         raise ConfigError(f"key '{where}.name' is missing; known: {', '.join(SEARCHERS)}, or MODULE:CLASS of your own")
     kind = _searcher_kind(tree["name"], f"{where}.name")
@@ -191,8 +191,8 @@ def _searcher_kind(name: Any, where: str) -> type[Searcher]:
         if not (isinstance(kind, type) and issubclass(kind, Searcher)):
             raise ConfigError(f"{where}: {name} is no Searcher")
         return kind
-    if name not in SEARCHERS:
-        raise ConfigError(f"{where}: no searcher {name!r}; {did_you_mean(str(name), SEARCHERS)}")
+    if not isinstance(name, str) or name not in SEARCHERS:
+        raise ConfigError(f"{where}: no searcher {shown(name)}; {did_you_mean(str(name), SEARCHERS)}")
     return SEARCHERS[name]
 
 

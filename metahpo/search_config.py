@@ -11,9 +11,9 @@ from pydantic import Field, Tag
 from metahpo.config import RunDir, Schema
 from metahpo.config_file import apply_override, parse_override, read_tree, validate
 from metahpo.config_union import CustomName, tag
-from metahpo.errors import ConfigError
+from metahpo.errors import ConfigError, shown
 from metahpo.searchers.run_settings import with_settings
-from metahpo.training.settings import Settings
+from metahpo.training.settings import MOST_THREADS, Settings
 
 
 class TrainingObjectiveSettings(Settings):
@@ -49,8 +49,10 @@ class SearchSettings(Settings):
     budget: float | None = Field(
         default=None, gt=0, description="no trial begins once all have trained so much together, in the fidelity's unit"
     )
-    workers: int = Field(default=1, ge=1, description="trials at a time")
-    threads: int | None = Field(default=None, ge=1, description="of each worker; null: its share of the cores")
+    workers: int = Field(default=1, ge=1, le=MOST_THREADS, description="trials at a time")
+    threads: int | None = Field(
+        default=None, ge=1, le=MOST_THREADS, description="of each worker; null: its share of the cores"
+    )
     executor: Literal["auto", "serial", "processes", "ray"] = Field(
         default="auto", description="where trials run; auto: processes for several workers, else serial"
     )
@@ -128,4 +130,4 @@ def _expand(tree: dict[str, Any], path: Path) -> None:
         tree["searcher"] = {"name": tree["searcher"]}
     for section in ("run", "space"):
         if isinstance(tree.get(section), Mapping) and not all(isinstance(key, str) for key in tree[section]):
-            raise ConfigError(f"{path}: {section}: keys should be text, found {list(tree[section])}")
+            raise ConfigError(f"{path}: {section}: keys should be text, found {shown(list(tree[section]))}")

@@ -8,9 +8,9 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
 from tqdm import tqdm
 
+from metahpo import yaml_text
 from metahpo.config_file import dump_config
 from metahpo.errors import one_line
 from metahpo.searchers.records import TrialRecord
@@ -101,7 +101,7 @@ class SearchLog:
         training, of = self.search.training, len(self.study.trials)
         title = f"# Trial {best.number}, the best of {of} by {self.search.names[0]}: {best.score!r}.\n"
         if training is None:
-            return title + yaml.safe_dump(best.settings, sort_keys=False)
+            return title + yaml_text.dump(best.settings)
         folder = self.study.job(best.number).folder
         config = training.kept_config(folder, best.settings)
         return title + f"# {_promise(training, config, best)}\n" + dump_config(config)

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from metahpo.config import NAME_KEY, UNIONS, RunConfig
-from metahpo.errors import ConfigError
+from metahpo.errors import ConfigError, shown
 from metahpo.searchers.run_settings import trial_config
 from metahpo.searchers.settings import Choice, Setting
 from metahpo.searchers.space import Space
@@ -94,7 +94,7 @@ def _refused(name: str, space: Space, tree: Mapping[str, Any]) -> Iterator[str]:
     for value in setting.options if isinstance(setting, Choice) else (setting.at(0.0), setting.at(1.0)):
         settings = {**_conditions(name, space), name: value}
         try:
-            trial_config(tree, settings, f"space.{name} at {value!r}")
+            trial_config(tree, settings, f"space.{name} at {shown(value)}")
         except ConfigError as error:
             yield from str(error).splitlines()
 

@@ -199,7 +199,7 @@ def test_all_errors_come_at_once(config):
         ("data: glyphs\nnet: mlp\ndata: sinusoid\n", "is not YAML: key 'data' is given twice"),
         ("training: {lr: 1, lr: 2}\n", "is not YAML: key 'lr' is given twice"),
         ("? [1, 2]\n: 3\n", "is not YAML: while constructing a mapping"),
-        ("a: !!python/object/apply:os.getcwd []\n", "is not YAML: could not determine a constructor"),
+        ("a: !!python/object/apply:os.getcwd []\n", "is not YAML: tag '!!python/object/apply:os.getcwd' makes no"),
         (f"a: {'9' * 5000}\n", "is not YAML: Exceeds the limit"),
         (f"a: {'[' * 2000}{']' * 2000}\n", "is not YAML: it is nested too deep"),
     ],

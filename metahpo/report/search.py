@@ -8,9 +8,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import yaml
 from matplotlib.figure import Figure
 
+from metahpo import yaml_text
 from metahpo.errors import DataError, one_line
 from metahpo.report.page import cell, config_block, duration, read_json, save_picture, versions_table
 from metahpo.report.search_figures import (
@@ -106,9 +106,9 @@ def _config(path: Path) -> dict[str, dict[str, Any]]:
     if not path.exists():
         return {}
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise DataError(f"{path} is damaged: {one_line(error)}") from error
+        tree = yaml_text.read(path)
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} is damaged: {error}") from error
     if not isinstance(tree, Mapping):
         return {}
     return {name: dict(section) for name, section in tree.items() if isinstance(section, Mapping)}

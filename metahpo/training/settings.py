@@ -20,6 +20,9 @@ from typing_extensions import Self
 from metahpo import torchrun
 from metahpo.errors import ConfigError, did_you_mean
 
+# More would end the process: each takes memory, and the operating system has a limit.
+MOST_THREADS = 1024
+
 
 class Settings(BaseModel):
     """Base of all settings: frozen, and a key that does not exist is an error."""
@@ -115,7 +118,10 @@ class TrainingSettings(Settings):
     )
     device: DeviceName = "auto"
     threads: int | None = Field(
-        default=None, ge=1, description="torch's intra-op threads, on which rounding depends; null: torch's own number"
+        default=None,
+        ge=1,
+        le=MOST_THREADS,
+        description="torch's intra-op threads, on which rounding depends; null: torch's own number",
     )
     read_every: int = Field(default=10, ge=1, description="CUDA: steps between two looks at loss and finiteness")
     seed: int = Field(default=0, ge=0)
