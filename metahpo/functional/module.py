@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_map
 from metahpo.errors import NetError
 from metahpo.functional.batch_norm import PerStepBatchNorm, convert_batch_norm
 from metahpo.functional.conv_choice import batched_convolutions
+from metahpo.functional.formulas import ByFormula
 from metahpo.functional.fused import fuse
 from metahpo.functional.kernels import is_recurrent, twice_differentiable
 from metahpo.functional.trees import Params
@@ -42,6 +43,7 @@ class FunctionalModule(nn.Module):
         self.net = convert_batch_norm(net, statistics_rows=statistics_rows, affine_rows=affine_rows)
         self._norms = [m for m in self.net.modules() if isinstance(m, PerStepBatchNorm)]
         self._probed: set[bool] = set()
+        self._by_formula = False
         self._recurrent = is_recurrent(self.net)
         # The type to which autocast lowers what it can of the net's forward pass, or None. It is entered in every call
         # and not around several, as autocast is a thread's own, and a backward pass may call again from another.
@@ -110,7 +112,9 @@ class FunctionalModule(nn.Module):
             state |= {name: buffers[name].clone() for name in self._foreign_buffers if name in buffers}
         # There is one profile hook: where a profiler has it, or a compiler is at work, a later call looks.
         watch = training not in self._probed and sys.getprofile() is None and not torch.compiler.is_compiling()
+        formulas = ByFormula() if watch or self._by_formula else nullcontext()
         with (
+            formulas,
             refuse_checkpointing(self.net) if watch else nullcontext(),
             twice_differentiable(self._recurrent),
             batched_convolutions(inputs),
@@ -118,6 +122,7 @@ class FunctionalModule(nn.Module):
             output = self._call(state, inputs)
         if watch:
             self._probed.add(training)
+            self._by_formula = self._by_formula or formulas.used  # type: ignore[union-attr]
         # functional_call writes buffers that the net replaced back into the dict it was given.
         return output, {name: state[name].to(old.dtype) for name, old in buffers.items()}
 

@@ -12,6 +12,7 @@ from torch.func import functional_call
 from torch.utils._pytree import tree_map_only
 
 from metahpo.errors import HypergradientError, NetError, NonFiniteError, did_you_mean
+from metahpo.functional.formulas import ByFormula
 from metahpo.functional.trees import Params
 from metahpo.inner.explicit import explicit
 from metahpo.inner.problem import RULE, InnerProblem, split
@@ -83,7 +84,8 @@ def constants(tree: Any) -> Any:
 
 def outer_value(outer_loss: OuterLoss, params: Params, hparams: Params) -> Tensor:
     """``outer_loss`` with the hyperparameters that are not the rule's."""
-    return outer_loss(params, split(hparams)[0])
+    with ByFormula():
+        return outer_loss(params, split(hparams)[0])
 
 
 def check_inputs(

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.func import functional_call
 
 from metahpo.errors import HypergradientError, did_you_mean
+from metahpo.functional.formulas import by_formula
 from metahpo.functional.trees import Params
 from metahpo.inner.gradient import InnerGradient, Reverse
 from metahpo.inner.remat import NoRemat, Remat
@@ -41,7 +42,7 @@ class InnerProblem:
     """
 
     def __init__(self, loss: Callable[[Params, Params, Any], Tensor]):
-        self.loss = loss
+        self.loss = by_formula(loss)
 
     def inner_loss(self, params: Params, carry: Any, batch: tuple[Params, Any], step: int) -> tuple[Tensor, Any]:
         """The loss as ``unroll`` takes it; batch: (the loss's hyperparameters, the data)."""
