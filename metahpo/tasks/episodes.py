@@ -11,10 +11,12 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from metahpo.errors import DataError
+from metahpo.checks import check_choice, check_flag, check_type, check_whole
+from metahpo.errors import DataArgumentError, DataError
+from metahpo.tasks.arguments import check_device, refuse_unknown, task_numbers
 from metahpo.tasks.datasets import labelled
 from metahpo.tasks.labelled import LabelledImages
-from metahpo.tasks.shots import Count, Imbalance, ends
+from metahpo.tasks.shots import Count, Imbalance, check_count, ends
 from metahpo.tasks.task import Task
 
 
@@ -22,7 +24,7 @@ class Episodes:
     """Numbered few-shot tasks (Vinyals et al. 2016, section 4): task i is a pure function of (seed, split, i).
 
     Each task draws ``ways`` classes of the split and, of each, ``shots`` support and ``queries`` query images, all
-    different. Images come as float32 [N, C, H, W] in 0..1, labels as int64 0..ways-1; sets are ordered by class.
+    different. Images come as float32 [N, C, H, W], labels as int64 0..ways-1; sets are ordered by class.
     labels: "task" for those, or "class" for a class's place among the split's, 0..``classes``-1, the same in all tasks.
     rotate: each class of a task is turned by a random multiple of 90 degrees (the augmentation of Santoro et al. 2016;
     square images). imbalance: support images are unevenly many from class to class, ``shots`` on average.
@@ -31,7 +33,8 @@ class Episodes:
     2 group - 1, and so on. A batch is a stack of tasks of one shape, so it must lie within one such group: give the
     number of tasks of a training's batch. Other batches raise DataError.
 
-    Images stay uint8 on ``device`` until a batch is drawn; a batch is assembled without a loop over images.
+    Images of uint8 are divided by 255, those of floats come as they are. They stay on ``device`` until a batch is
+    drawn, which is assembled without a loop over images.
     """
 
     def __init__(
@@ -49,12 +52,27 @@ class Episodes:
         group: int = 1,
         device: torch.device | str = "cpu",
     ):
-        if split not in data.splits:
-            raise DataError(f"the data has no split {split!r}; it has {', '.join(data.splits)}")
-        classes = np.asarray(data.splits[split])
+        check_type(self, "data", data, LabelledImages, error=DataArgumentError)
+        if not isinstance(split, str) or split not in data.splits:
+            raise DataArgumentError(f"Episodes: the data has no split {split!r}; it has {', '.join(data.splits)}")
+        ways, shots = check_count(self, "ways", ways), check_count(self, "shots", shots)
+        queries = check_whole(self, "queries", queries, at_least=1, error=DataArgumentError)
+        seed = check_whole(self, "seed", seed, at_least=0, error=DataArgumentError)
+        group = check_whole(self, "group", group, at_least=1, error=DataArgumentError)
+        rotate = check_flag(self, "rotate", rotate, error=DataArgumentError)
+        check_choice(self, "labels", labels, ("task", "class"), error=DataArgumentError)
+        if imbalance is not None:
+            check_type(self, "imbalance", imbalance, Imbalance, error=DataArgumentError)
+        classes = np.asarray(data.splits[split], dtype=np.int64)
+        if len(classes) and classes.max() >= len(data.class_names):
+            raise DataArgumentError(
+                f"Episodes: split {split!r} has class {classes.max()}, expected one of the "
+                f"{len(data.class_names)} class names"
+            )
         if len(classes) < ends(ways)[1]:
-            raise DataError(
-                f"split {split!r} has {len(classes)} classes, fewer than the {ends(ways)[1]} ways of a task"
+            raise DataArgumentError(
+                f"Episodes: ways: split {split!r} has {len(classes)} classes, fewer than the {ends(ways)[1]} ways of a "
+                "task"
             )
         of_images = data.labels.cpu().numpy()
         order = np.argsort(of_images, kind="stable")
@@ -66,29 +84,38 @@ class Episodes:
         if short:
             name, count = data.class_names[short[0]], counts[short[0]]
             more = f" (and {len(short) - 1} more such classes)" if len(short) > 1 else ""
-            raise DataError(
-                f"class {name!r} of split {split!r} has {count} images; "
-                f"a task needs {need} ({most} shots + {queries} queries){more}"
+            raise DataArgumentError(
+                f"Episodes: {'shots' if most >= count else 'queries'}: class {name!r} of split {split!r} has {count} "
+                f"images; a task needs {need} ({most} shots + {queries} queries){more}"
             )
         if rotate and data.images.shape[-1] != data.images.shape[-2]:
-            raise DataError(f"rotate needs square images, found {tuple(data.images.shape[-2:])}")
+            found = tuple(data.images.shape[-2:])
+            raise DataArgumentError(f"Episodes: rotate needs square images, found {found}")
         self.ways, self.shots, self.queries, self.imbalance, self.group = ways, shots, queries, imbalance, group
         self.seed, self.split, self.rotate = seed, split, rotate
         self.class_names, self.labels = data.class_names, labels
-        self._images = data.images.to(device)
+        self._images = data.images.to(check_device(self, device))
         self._classes, self._counts = classes, counts
         self._order, self._first = order, np.concatenate([[0], np.cumsum(counts)[:-1]])
         self._most = int(counts[classes].max())
+        data.warn_if_alike()
 
     @classmethod
-    def from_dataset(cls, dataset: Dataset, classes: Mapping[str, Sequence[int]], split: str, **settings) -> Episodes:
-        """Episodes over a map-style dataset of (image, label), PIL or uint8 [C, H, W]; classes: labels by split."""
+    def from_dataset(
+        cls, dataset: Dataset, classes: Mapping[str, Sequence[int | str]], split: str, **settings
+    ) -> Episodes:
+        """Episodes over a map-style dataset of (image, label); classes: labels, or names of classes, by split.
+
+        Images and names are read as by ``metahpo.tasks.datasets.labelled``; ``class_names`` are the dataset's own.
+        """
+        refuse_unknown(cls, settings)
         return cls(labelled(dataset, classes), split, **settings)
 
     def task(self, index: int) -> Task:
         return self.batch([index]).select(0)
 
     def batch(self, indices: Sequence[int]) -> Task:
+        indices = task_numbers(self, indices)
         ways, shots = self._shape(indices)
         draws = [self._draw(index, ways, shots) for index in indices]
         device = self._images.device
@@ -109,7 +136,8 @@ class Episodes:
         images = self._images[rows]  # [T, N, C, H, W]
         if self.rotate:
             images = _turned(images, turns.gather(1, members))
-        return images.to(torch.float32).div_(255)
+        # Floats are what the net is to see.
+        return images if images.is_floating_point() else images.to(torch.float32).div_(255)
 
     def _shape(self, indices: Sequence[int]) -> tuple[int, int]:
         """The ways and (mean) shots that all these tasks have."""

@@ -17,6 +17,7 @@ from PIL import Image
 from metahpo.errors import DataError
 from metahpo.tasks.images import decode_image
 from metahpo.tasks.labelled import LabelledImages
+from metahpo.tasks.pixels import resized
 
 CHARACTERS = {"images_background": 964, "images_evaluation": 659}  # of each archive
 DRAWERS = 20
@@ -69,10 +70,11 @@ def _shrunk(files: Sequence[tuple[str, bytes]]) -> np.ndarray:
 def _decode(files: Sequence[tuple[str, bytes]]) -> np.ndarray:
     drawings = np.empty((len(files), DRAWN, DRAWN), dtype=np.uint8)
     for drawing, (name, data) in zip(drawings, files, strict=True):
-        image = decode_image(data, name, "L")
-        if image.size != (DRAWN, DRAWN):
-            raise DataError(f"{name}: found {image.width}x{image.height} pixels, expected {DRAWN}x{DRAWN}")
-        drawing[:] = np.asarray(image)
+        pixels, _ = decode_image(data, name)
+        height, width = pixels.shape[:2]
+        if (height, width) != (DRAWN, DRAWN):
+            raise DataError(f"{name}: found {width}x{height} pixels, expected {DRAWN}x{DRAWN}")
+        drawing[:] = resized(pixels, (DRAWN, DRAWN), 1)[..., 0]
     return drawings
 
 

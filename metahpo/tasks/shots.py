@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
-from metahpo.errors import DataError
+from metahpo.checks import check_choice, check_whole, refuse, shown
+from metahpo.errors import DataArgumentError
 
 Count = int | tuple[int, int]  # A number, or a range of numbers, both ends in it.
 KINDS = ("linear", "step", "random")
@@ -16,6 +19,20 @@ KINDS = ("linear", "step", "random")
 def ends(count: Count) -> tuple[int, int]:
     """The lowest and the highest of a number or range."""
     return (count, count) if isinstance(count, int) else count
+
+
+def check_count(owner: object, name: str, count: Any) -> Count:
+    """A number of at least 1, or a range of such numbers, in plain Python; raises DataArgumentError for others."""
+    if isinstance(count, (tuple, list)) and len(count) == 2:
+        with suppress(ValueError):
+            low, high = (check_whole(owner, name, end, at_least=1) for end in count)
+            if low <= high:
+                return low, high
+    else:
+        with suppress(ValueError):
+            return check_whole(owner, name, count, at_least=1)
+    expected = "a whole number of at least 1, or a range (low, high) of such numbers"
+    refuse(owner, name, count, expected, DataArgumentError)
 
 
 @dataclass(frozen=True)
@@ -32,17 +49,27 @@ class Imbalance:
     max: int
 
     def __post_init__(self) -> None:
-        if self.kind not in KINDS or not 1 <= self.min < self.max:
-            found = f"{self.kind!r}, min {self.min}, max {self.max}"
-            raise DataError(f"imbalance: found {found}; expected {', '.join(KINDS)}, and 1 <= min < max")
+        try:
+            check_choice(self, "kind", self.kind, KINDS)
+            least = check_whole(self, "min", self.min, at_least=1)
+            most = check_whole(self, "max", self.max, at_least=least + 1)
+        except ValueError:
+            found = f"{shown(self.kind)}, min {shown(self.min)}, max {shown(self.max)}"
+            raise DataArgumentError(
+                f"imbalance: found {found}; expected {', '.join(KINDS)}, and 1 <= min < max"
+            ) from None
+        object.__setattr__(self, "min", least)
+        object.__setattr__(self, "max", most)
 
     def check(self, shots: int) -> None:
-        """Raises DataError if no such sizes have ``shots`` as their mean."""
-        if not self.min <= shots <= self.max:
-            raise DataError(f"imbalance: {shots} shots, the mean, are not between min {self.min} and max {self.max}")
-        if self.kind == "linear" and self.min + self.max != 2 * shots:
-            mean = (self.min + self.max) / 2
-            raise DataError(f"imbalance: the mean from min {self.min} to max {self.max} is {mean:g}, not {shots} shots")
+        """Raises DataArgumentError if no such sizes have ``shots`` as their mean."""
+        least, most = self.min, self.max
+        if not least <= shots <= most:
+            raise DataArgumentError(f"imbalance: {shots} shots, the mean, are not between min {least} and max {most}")
+        if self.kind == "linear" and least + most != 2 * shots:
+            mean = (least + most) / 2
+            found = f"the mean from min {least} to max {most} is {mean:g}"
+            raise DataArgumentError(f"imbalance: {found}, not {shots} shots")
 
     def sizes(self, ways: int, shots: int, rng: np.random.Generator) -> np.ndarray:
         """Support images [ways] of each class, ways x shots in all."""

@@ -112,8 +112,8 @@ def test_any_labelled_dataset_serves():
     task = source.task(0)
     assert task.support_x.shape == (2, 1, 5, 5)
     assert (codes(task.query_x) // 10).tolist() == (codes(task.support_x) // 10).repeat_interleave(2).tolist()
-    with pytest.raises(DataError, match=r"item 0 of the dataset is torch\.float32"):
-        Episodes.from_dataset([(torch.zeros(1, 2, 2), 0)], {"train": [0]}, "train", ways=1, shots=1, queries=1)
+    with pytest.raises(DataError, match=r"item 0 of the dataset is torch\.float32 \[2, 2\]"):
+        Episodes.from_dataset([(torch.zeros(2, 2), 0)], {"train": [0]}, "train", ways=1, shots=1, queries=1)
 
 
 def test_sinusoids_are_sines_of_the_promised_range():
