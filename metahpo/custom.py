@@ -20,6 +20,9 @@ from metahpo.training.environment import seeded
 from metahpo.training.precision import precision
 from metahpo.training.settings import TrainingSettings
 
+# Labels that torch's cross entropy passes over.
+IGNORED = -100
+
 
 def check_learner(
     learner: MetaLearner, name: str, train: TaskSource, evaluation: TaskSource, settings: TrainingSettings
@@ -68,7 +71,7 @@ def _problem(task: Task) -> str | None:
             return f"{kind}_x {list(x.shape)} and {kind}_y {list(y.shape)} should be equally long, at least 1"
         if y.is_floating_point() and y.dim() < 2:
             return f"{kind}_y is {list(y.shape)}; expected values [N, D], or labels as int64 [N]"
-        if not y.is_floating_point() and (y.dtype != torch.int64 or y.dim() != 1 or bool(y.min() < 0)):
+        if not y.is_floating_point() and (y.dtype != torch.int64 or bool(((y < 0) & (y != IGNORED)).any())):
             return f"{kind}_y is {y.dtype} {list(y.shape)}; expected labels from 0 on as int64 [N], or values [N, D]"
     if task.support_y.dtype != task.query_y.dtype:
         return f"support_y is {task.support_y.dtype}, query_y {task.query_y.dtype}"

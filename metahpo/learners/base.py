@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from metahpo.functional import FunctionalModule, Params
+from metahpo.learners.accuracy import accuracy
 from metahpo.learners.phase import Phase
 from metahpo.tasks.task import Task
 
@@ -58,7 +59,8 @@ class MetaLearner(nn.Module):
         raise TypeError(f"{type(self).__name__} does not define adapt(support_x, support_y, phase)")
 
     def predict(self, adapted: Adapted, x: Tensor) -> Tensor:
-        """The outputs for ``x`` [N, ...] (logits [N, ways] or values [N, D])."""
+        """The outputs for ``x`` [N, ...]: logits [N, ways] or [N, ways, ...], values [N, D], or whatever tree of
+        tensors the loss takes."""
         raise TypeError(f"{type(self).__name__} does not define predict(adapted, x)")
 
     # What it inherits, and may override.
@@ -112,10 +114,9 @@ class MetaLearner(nn.Module):
         return self.meta_loss(task, phase)
 
     def measure(self, outputs: Tensor, targets: Tensor) -> Metrics:
-        """``accuracy`` for integer targets; nothing for regression."""
-        if targets.is_floating_point():
-            return {}
-        return {"accuracy": (outputs.detach().argmax(-1) == targets).to(outputs.dtype).mean()}
+        """``accuracy`` for integer targets whose shape the outputs fit; nothing for regression."""
+        found = accuracy(outputs, targets, self.loss)
+        return {} if found is None else {"accuracy": found}
 
     def outer_params(self) -> Params:
         """The parameters that the outer loop learns, by dotted name."""

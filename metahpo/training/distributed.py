@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
 from metahpo import torchrun
 from metahpo.errors import MetaHPOError, RankError, one_line
-from metahpo.functional.trees import Params
+from metahpo.functional.trees import Params, join
 from metahpo.training.engines import MetaGradient
 
 T = TypeVar("T")
@@ -94,7 +94,8 @@ class Ranks:
         parts = self._gather((list(numbers), tensors))
         place = {number: row for row, number in enumerate(n for numbers, _ in parts for n in numbers)}
         rows = torch.tensor([place[number] for number in sorted(place)])
-        return {name: torch.cat([tree[name] for _, tree in parts])[rows] for name in tensors}
+        trees = [tree for _, tree in parts]
+        return {n: join(lambda values: torch.cat(values)[rows], [tree[n] for tree in trees]) for n in tensors}
 
     # Keeping together.
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from metahpo.errors import CheckpointError
-from metahpo.functional.trees import stack_trees
+from metahpo.functional.trees import join, map_tree, stack_trees
 from metahpo.learners.base import MetaLearner
 from metahpo.tasks.task import TaskSource
 from metahpo.training.checkpoint import CheckpointStore, DamagedCheckpoint, State, load_checkpoint, load_learner
@@ -40,7 +40,7 @@ def evaluate_run(
         with ranks.agreed():
             load_learner(learner, state["learner"], path)
         metrics, outputs = evaluate(learner, tasks, count, settings, engine, f"testing {rank}/{len(best)}")
-        total = {kind: total[kind] + value if total else value for kind, value in outputs.items()}
+        total = {kind: join(sum, [total[kind], value]) if total else value for kind, value in outputs.items()}
     rows: dict[str, Row] = {"best": {"epoch": best[0][1]["epoch"], **summarise(metrics)}}
     if len(best) > 1:
         rows[f"ensemble of {len(best)}"] = summarise(_judge(learner, total, len(best), tasks, count))
@@ -81,6 +81,6 @@ def _whole(store: CheckpointStore, epochs: list[int]) -> Iterator[tuple[Path, St
 def _judge(learner: MetaLearner, total: dict[str, torch.Tensor], models: int, tasks: TaskSource, count: int):
     rows = []
     for index in range(count):
-        means = {kind: value[index] / models for kind, value in total.items()}
+        means = map_tree(lambda value, row=index: value[row] / models, total)
         rows.append(learner.judge(means, tasks.task(index).query_y.cpu()))
     return stack_trees(rows)

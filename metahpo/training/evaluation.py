@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from metahpo.errors import DataError
+from metahpo.functional.trees import join, map_tree
 from metahpo.learners.base import MetaLearner
 from metahpo.learners.phase import Phase
 from metahpo.tasks.task import TaskSource
@@ -66,6 +67,7 @@ def _evaluate(
 
 
 def _joined(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    if len({(name, value.shape[1:]) for part in parts for name, value in part.items()}) > len(parts[0]):
+    shapes = [map_tree(lambda value: value.shape[1:], part) for part in parts]  # type: ignore[arg-type,return-value]
+    if any(shape != shapes[0] for shape in shapes):
         raise DataError("tasks of different sizes (ways and shots in a range) train, but cannot be evaluated together")
-    return {name: torch.cat([part[name] for part in parts]).cpu() for name in parts[0]}
+    return {name: join(lambda rows: torch.cat(rows).cpu(), [part[name] for part in parts]) for name in parts[0]}
