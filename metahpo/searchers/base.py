@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, is_dataclass
 from functools import cached_property
 from typing import Any, ClassVar, Literal, overload
@@ -43,10 +43,17 @@ class Observation:
 
 
 class History(Sequence[Observation]):
-    """The trials so far, by number. ``loss`` of each is one number, also where there are several objectives."""
+    """The trials so far, by number. ``loss`` of each is one number, also where there are several
+    objectives.
 
-    def __init__(self, observations: Sequence[Observation] = ()):
-        self._all = list(observations)
+    known: settings that are not to be suggested again, beside those of these trials: of trials whose
+    losses cannot be compared with theirs, as of another budget.
+    """
+
+    def __init__(
+        self, observations: Sequence[Observation] = (), known: Iterable[Settings] = ()
+    ):
+        self._all, self._known = list(observations), list(known)
 
     @overload
     def __getitem__(self, index: int) -> Observation: ...
@@ -60,6 +67,16 @@ class History(Sequence[Observation]):
 
     def __iter__(self) -> Iterator[Observation]:
         return iter(self._all)
+
+    @property
+    def known(self) -> list[Settings]:
+        """All settings that a trial had already, of these trials and of others."""
+        return [*(o.settings for o in self._all), *self._known]
+
+    @cached_property
+    def tried(self) -> set[str]:
+        """The keys of ``known``."""
+        return {o.key for o in self._all} | {key(settings) for settings in self._known}
 
     @cached_property
     def complete(self) -> list[Observation]:

@@ -59,7 +59,7 @@ class Bayesian(Searcher):
             with torch.no_grad():
                 return function(torch.as_tensor(features(space, points)[0])[:, None]).numpy()
 
-        taken = {key(point) for point in cube.snap(np.array([space.encode(o.settings) for o in history]))}
+        taken = {key(point) for point in cube.snap(np.array([space.encode(s) for s in history.known]))}
         point = maximised(cube, score, told[np.argsort(-values[: len(told)])[:5]], rng, taken)
         return space.sample(rng) if point is None else space.decode(point)
 

@@ -11,6 +11,7 @@ import numpy as np
 from metahpo.searchers.base import History, Proposal, Searcher
 from metahpo.searchers.checks import fraction
 from metahpo.searchers.hyperband import Hyperband
+from metahpo.searchers.moves import untried
 from metahpo.searchers.space import Space
 from metahpo.searchers.tpe import TPE
 
@@ -34,5 +35,6 @@ class BOHB(Hyperband):
         self, history: History, space: Space, rng: np.random.Generator, budget: float, notes: Mapping[str, Any]
     ) -> Proposal | None:
         if self.comparable(history, space) is None or rng.random() < self.random_fraction:
-            return Proposal(space.sample(rng), budget, None, notes)
+            settings = untried(history, space, rng)
+            return None if settings is None else Proposal(settings, budget, None, notes)
         return super().begin(history, space, rng, budget, notes)

@@ -61,7 +61,7 @@ class CMAES(Searcher):
             run, mean = run + 1, list(rng.random(len(space)))
             strategy = self._strategy(space, run, mean)
         strategy.seed(int(rng.integers(2**32)))
-        tried = {o.key for o in history}
+        tried = history.tried
         settings, point = strategy.ask()
         for _ in range(DRAWS):
             if key(settings) not in tried:

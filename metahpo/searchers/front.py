@@ -28,4 +28,7 @@ def scalarised(history: History, rng: np.random.Generator) -> History:
     weights = rng.dirichlet(np.ones(losses.shape[1]))
     weighted = weights * (losses - low) / np.where(high > low, high - low, 1.0)
     values = dict(zip((o.number for o in history.complete), weighted.max(1) + 0.05 * weighted.sum(1)))
-    return History([replace(o, loss=float(values[o.number])) if o.number in values else o for o in history])
+    scaled = [
+        replace(o, loss=float(values[o.number])) if o.number in values else o for o in history
+    ]
+    return History(scaled, history.known)

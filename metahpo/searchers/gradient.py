@@ -76,7 +76,7 @@ class Gradient(Searcher):
                 # Two chains may be on their way into the same corner.
                 if settings is not None and settings not in at_work:
                     return Proposal(settings, budget=chain.trials[0].budget, notes=notes)
-        given = self.base.suggest(History([chain.told() for chain in chains]), space, rng)
+        given = self.base.suggest(History([chain.told() for chain in chains], history.known), space, rng)
         if given is None:
             return None
         proposal = given if isinstance(given, Proposal) else Proposal(given)

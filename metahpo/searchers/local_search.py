@@ -79,7 +79,7 @@ def _neighbour(
     best: Settings, width: float, history: History, space: Space, rng: np.random.Generator
 ) -> Settings | None:
     """One that was not tried; None if all were."""
-    tried, names = {o.key for o in history}, changeable(space, best)
+    tried, names = history.tried, changeable(space, best)
     if not names:
         return None
     for _ in range(DRAWS):

@@ -71,7 +71,7 @@ def untried(
 ) -> Settings | None:
     """The first of a few draws (default: at random) that no trial had; else any settings that none had, or None if all
     that there are were tried."""
-    tried = {o.key for o in history}
+    tried = history.tried
     sources = (draw, lambda: space.sample(rng)) if draw else (lambda: space.sample(rng),)
     for source in sources:
         for _ in range(DRAWS):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,8 +12,9 @@ import numpy as np
 
 from metahpo.errors import SearchError
 from metahpo.searchers.base import History, Observation, Proposal, Searcher
+from metahpo.searchers.moves import DRAWS, untried
 from metahpo.searchers.random import Random
-from metahpo.searchers.space import Space
+from metahpo.searchers.space import Space, key
 
 # Powers of eta are rarely exact: 81 * 3**-4 may lie just below 1.
 FUZZ = 1e-9
@@ -73,26 +74,56 @@ class MultiFidelity(Searcher):
     def begin(
         self, history: History, space: Space, rng: np.random.Generator, budget: float, notes: Mapping[str, Any]
     ) -> Proposal | None:
-        """A trial with new settings; None if the base has none."""
-        given = self.base.suggest(self.view(history, space), space, rng)
-        if given is None:
+        """A trial with settings that none had at any budget; None if the base has none, or there are
+        none."""
+        proposal = self._new(history, space, rng)
+        if proposal is None:
             return None
-        proposal = given if isinstance(given, Proposal) else Proposal(given)
         if proposal.notes:
             notes = {**notes, "base": dict(proposal.notes)}
         return Proposal(proposal.settings, budget, None, notes)
 
+    def _new(self, history: History, space: Space, rng: np.random.Generator) -> Proposal | None:
+        """The base's next proposal that no trial had.
+
+        After a repeat the base is asked again, as if the repeat were running: so one that takes
+        settings in turn goes on to the next, and a model looks elsewhere. What gives repeats alone is
+        replaced by settings at random.
+        """
+        view = self.view(history, space)
+        repeats: list[Observation] = []
+        while len(repeats) < DRAWS:
+            given = self.base.suggest(History([*view, *repeats], view.known), space, rng)
+            if given is None and not repeats:
+                return None
+            if given is None:
+                break
+            proposal = given if isinstance(given, Proposal) else Proposal(given)
+            if key(proposal.settings) not in history.tried:
+                return proposal
+            number = len(history) + len(repeats)
+            repeats.append(Observation(number, proposal.settings, "pending", notes=proposal.notes))
+        settings = untried(history, space, rng)
+        return None if settings is None else Proposal(settings)
+
     def view(self, history: History, space: Space) -> History:
         """What the base sees: trials whose losses can be compared, without budgets, parents and our notes.
 
-        They are those at the largest budget at which enough are complete, or else at the lowest, and those that failed
-        or are at work below it. A base that looks at no losses sees each trial that has no parent.
+        They are those at the largest budget at which enough are complete, or else at the lowest, and
+        those that failed or are running below it; of all others it knows the settings alone
+        (``History.known``). A base that looks at no losses sees each trial that has no parent.
         """
         if not self.base.adaptive:
-            return _bare(o for o in history if o.parent is None)
+            return _bare((o for o in history if o.parent is None), history)
         at = self.comparable(history, space) or self.budgets[0]
         return _bare(
-            o for o in history if self._budget(o) == at or (self._budget(o) < at and o.state in ("failed", "pending"))
+            (
+                o
+                for o in history
+                if self._budget(o) == at
+                or (self._budget(o) < at and o.state in ("failed", "pending"))
+            ),
+            history,
         )
 
     def comparable(self, history: History, space: Space) -> float | None:
@@ -131,5 +162,8 @@ def not_promoted(candidates: Sequence[Observation], above: Sequence[Observation]
     return next((o for o in candidates if o.number not in taken), None)
 
 
-def _bare(observations: Any) -> History:
-    return History([replace(o, budget=None, parent=None, notes=o.notes.get("base", {})) for o in observations])
+def _bare(observations: Iterable[Observation], history: History) -> History:
+    bare = [
+        replace(o, budget=None, parent=None, notes=o.notes.get("base", {})) for o in observations
+    ]
+    return History(bare, history.known)
