@@ -6,14 +6,13 @@ batch-norm weights and biases (BNWB).
 
 from __future__ import annotations
 
-import copy
-
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from metahpo import native
 from metahpo.errors import NetError
+from metahpo.functional.copies import copied
 
 _CONVERTED = {nn.BatchNorm1d: (2, 3), nn.BatchNorm2d: (4,), nn.BatchNorm3d: (5,)}
 
@@ -130,7 +129,7 @@ def convert_batch_norm(net: nn.Module, *, statistics_rows: int = 1, affine_rows:
 
     A layer used in several places stays one layer. Subclasses of the three (synchronised, lazy) are left alone.
     """
-    net = copy.deepcopy(net)
+    net = copied(net)
     converted: dict[nn.Module, nn.Module] = {}
     for parent in list(net.modules()):
         for name, child in list(parent._modules.items()):

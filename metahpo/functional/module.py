@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import sys
+import threading
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
 
 import torch
 import torch.utils.checkpoint
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 from torch.utils._pytree import tree_map
 
@@ -19,6 +21,8 @@ from metahpo.functional.conv_choice import batched_convolutions
 from metahpo.functional.formulas import ByFormula
 from metahpo.functional.fused import fuse
 from metahpo.functional.kernels import is_recurrent, twice_differentiable
+from metahpo.functional.strays import refuse_strays
+from metahpo.functional.swap import call_with
 from metahpo.functional.trees import Params
 
 
@@ -32,7 +36,9 @@ class FunctionalModule(nn.Module):
     several layers (tied weights) appears once, under its first name, and stays tied in every call.
 
     Raises NetError for lazy modules that have not run yet, and at the first call for a net that checkpoints activations
-    inside: the recomputation would read the net's own weights instead of the ones given, which is silently wrong.
+    inside: the recomputation would read the net's own weights instead of the ones given, which is silently wrong. The
+    same at the first two calls for a net that reaches weights which require grad past its registered parameters (a
+    Python list, a function or a hook over ``self``): they would neither adapt nor learn.
     """
 
     def __init__(self, net: nn.Module, *, statistics_rows: int = 1, affine_rows: int = 1):
@@ -42,8 +48,7 @@ class FunctionalModule(nn.Module):
                 raise NetError(f"{type(net).__name__}.{name} is lazy; run the net once on an example batch first")
         self.net = convert_batch_norm(net, statistics_rows=statistics_rows, affine_rows=affine_rows)
         self._norms = [m for m in self.net.modules() if isinstance(m, PerStepBatchNorm)]
-        self._probed: set[bool] = set()
-        self._by_formula = False
+        self.seen = Seen()
         self._recurrent = is_recurrent(self.net)
         # The type to which autocast lowers what it can of the net's forward pass, or None. It is entered in every call
         # and not around several, as autocast is a thread's own, and a backward pass may call again from another.
@@ -111,27 +116,31 @@ class FunctionalModule(nn.Module):
             # Those of layers that may write in place (spectral norm, tracking instance norm); ours never does.
             state |= {name: buffers[name].clone() for name in self._foreign_buffers if name in buffers}
         # There is one profile hook: where a profiler has it, or a compiler is at work, a later call looks.
-        watch = training not in self._probed and sys.getprofile() is None and not torch.compiler.is_compiling()
-        formulas = ByFormula() if watch or self._by_formula else nullcontext()
+        kind = (training, torch.is_grad_enabled(), threading.get_ident())
+        # The second call too: what the first left behind may be in its way.
+        watch = self.seen.calls[kind] < 2 and sys.getprofile() is None and not torch.compiler.is_compiling()
+        formulas = ByFormula() if watch or self.seen.by_formula else nullcontext()
         with (
             formulas,
             refuse_checkpointing(self.net) if watch else nullcontext(),
+            refuse_strays(self.net, state, inputs) if watch and kind[1] else nullcontext([]) as outputs,
             twice_differentiable(self._recurrent),
             batched_convolutions(inputs),
         ):
             output = self._call(state, inputs)
+            outputs.append(output)
         if watch:
-            self._probed.add(training)
-            self._by_formula = self._by_formula or formulas.used  # type: ignore[union-attr]
-        # functional_call writes buffers that the net replaced back into the dict it was given.
+            self.seen.calls[kind] += 1
+            self.seen.by_formula |= formulas.used  # type: ignore[union-attr]
+        # call_with writes buffers that the net replaced back into the dict it was given.
         return output, {name: state[name].to(old.dtype) for name, old in buffers.items()}
 
     def _call(self, state: Params, inputs: tuple[Tensor, ...]) -> Tensor:
         if self.autocast is None:
-            return functional_call(self.net, state, inputs)
+            return call_with(self.net, state, inputs)
         # Without its cache of lowered weights, which knows neither inner steps nor levels of torch.func.
         with torch.autocast(inputs[0].device.type, self.autocast, cache_enabled=False):
-            output = functional_call(self.net, state, inputs)
+            output = call_with(self.net, state, inputs)
         return tree_map(lambda t: t.float() if isinstance(t, Tensor) and t.dtype == self.autocast else t, output)
 
     def _resolve(self, params: Params) -> Params:
@@ -147,6 +156,17 @@ class FunctionalModule(nn.Module):
                     f"{name!r} and {self._alias[name]!r} are one tied parameter and were given different tensors"
                 )
         return resolved
+
+
+@dataclass
+class Seen:
+    """What the first calls of a net showed; the copies of an engine's threads have it in common.
+
+    calls: those looked at, by kind and thread; by_formula: whether ``ByFormula`` has to be entered.
+    """
+
+    calls: Counter[tuple[bool, bool, int]] = field(default_factory=Counter)
+    by_formula: bool = False
 
 
 @contextmanager

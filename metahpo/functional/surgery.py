@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterable
 
 from torch import nn
 
 from metahpo.errors import NetError, did_you_mean
+from metahpo.functional.copies import copied
 
 
 def with_layers(net: nn.Module, after: Iterable[str], layer: Callable[[nn.Module], nn.Module]) -> nn.Module:

@@ -8,11 +8,11 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.func import functional_call
 from torch.utils._pytree import tree_map_only
 
 from metahpo.errors import HypergradientError, NetError, NonFiniteError, did_you_mean
 from metahpo.functional.formulas import ByFormula
+from metahpo.functional.swap import call_with
 from metahpo.functional.trees import Params
 from metahpo.inner.explicit import explicit
 from metahpo.inner.problem import RULE, InnerProblem, split
@@ -140,7 +140,7 @@ def _check_rule(rule: UpdateRule, own: Params, inner: Tensor, params: Params) ->
         state = rule.init(constants(params))
 
     def update(own: Params, params: Params, grads: Params, state: RuleState) -> Params:
-        return functional_call(rule, own, (params, grads, state, 0))[0]
+        return call_with(rule, own, (params, grads, state, 0))[0]
 
     try:
         explicit(update, "the update rule", "in hparams")(own, params, dict(zip(params, found)), state)

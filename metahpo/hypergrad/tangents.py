@@ -11,11 +11,12 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.func import functional_call, jvp, vmap
+from torch.func import jvp, vmap
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from metahpo.errors import NetError, one_line
 from metahpo.functional.kernels import forward_mode
+from metahpo.functional.swap import call_with
 from metahpo.functional.trees import Params
 from metahpo.inner.problem import InnerProblem, split
 from metahpo.inner.randomness import Draws
@@ -93,7 +94,7 @@ class Step:
             params, state, loss = end.params, end.state, end.losses[0]
         else:
             arguments = (params, dict(zip(self.names, left)), state, self.step)
-            (params, state), loss = functional_call(self.rule, split(hparams)[1], arguments), self.gradient.value
+            (params, state), loss = call_with(self.rule, split(hparams)[1], arguments), self.gradient.value
         return [params[name] for name in self.names], state, loss
 
 

@@ -7,10 +7,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.func import functional_call
 
 from metahpo.errors import HypergradientError, did_you_mean
 from metahpo.functional.formulas import by_formula
+from metahpo.functional.swap import call_with
 from metahpo.functional.trees import Params
 from metahpo.inner.gradient import InnerGradient, Reverse
 from metahpo.inner.remat import NoRemat, Remat
@@ -94,7 +94,7 @@ class _Given(UpdateRule):
 
     def forward(self, params: Params, grads: Params, state: RuleState, step: int, *loss: Any) -> tuple[Params, Any]:
         inner, own = state
-        params, inner = functional_call(self._rule[0], own, (params, grads, inner, step, *loss))
+        params, inner = call_with(self._rule[0], own, (params, grads, inner, step, *loss))
         return params, (inner, own)
 
 

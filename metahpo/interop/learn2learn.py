@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import torch
@@ -40,7 +39,7 @@ class Learn2LearnLearner(MetaLearner):
             raise NetError(f"steps must be at least 1, found {steps}")
         self.steps = steps
         self.module = FunctionalModule(net)
-        self.algorithm = copy.deepcopy(algorithm)
+        self.algorithm = copied(algorithm)
         self.algorithm.module = nn.Identity()  # The net is held once.
 
     def adapt(self, support_x: Tensor, support_y: Tensor, phase: Phase) -> Adapted:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from itertools import repeat
 
 import torch
@@ -148,7 +147,7 @@ class MAML(MetaLearner):
         the others; else they use each batch's own, which gives the transductive accuracy.
         """
         adapted = self.adapt(support_x, support_y, Phase())
-        net = copy.deepcopy(self.module.net)
+        net = copied(self.module.net)
         net.load_state_dict(adapted.params, strict=False)
         for norm in net.modules():
             if isinstance(norm, PerStepBatchNorm):

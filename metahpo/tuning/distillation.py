@@ -77,7 +77,7 @@ class DistillationTuner(Tuner):
         self.settings, self.learn_images = settings, learn_images
         data = _images(dataset, "dataset")
         self.classes = _all_classes(data)
-        self.net = copy.deepcopy(net) if net is not None else _default_net(data, self.classes, settings.seed)
+        self.net = copied(net) if net is not None else _default_net(data, self.classes, settings.seed)
         like = next((p for p in self.net.parameters() if p.requires_grad), data.x)
         self.data = Labelled(data.x.to(like), data.y.to(like.device))
         self.validation = None
@@ -137,7 +137,7 @@ class DistillationTuner(Tuner):
             self.labels,
             found[LOG_RATES].exp(),
             tuple(self.training.batches),
-            copy.deepcopy(self.net),
+            copied(self.net),
             self.settings.init == "fixed",
             tuple(self.history),
         )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from typing import TYPE_CHECKING
 
 import torch
@@ -69,7 +68,7 @@ def _scores(tuner: DistillationTuner, nets: list[nn.Module], test: Labelled) -> 
 
 def _trained(net: nn.Module, data: Labelled, steps: int, seed: int) -> nn.Module:
     """A copy trained by Adam (3e-3, annealed to 0 by a cosine) on batches of 64, in evaluation mode as the others."""
-    net = copy.deepcopy(net).eval()
+    net = copied(net).eval()
     optimizer = torch.optim.Adam([p for p in net.parameters() if p.requires_grad], 3e-3)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     batches = minibatches(data, 64, torch.Generator().manual_seed(seed))

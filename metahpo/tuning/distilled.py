@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -41,7 +40,7 @@ class Distilled:
     def train(self, net: nn.Module | None = None) -> nn.Module:
         """A copy of the net (default: the one distilled for), in evaluation mode, trained from its present weights on
         the images as learnt: plain gradient descent, one step a rate."""
-        net = copy.deepcopy(self.net if net is None else net).eval()
+        net = copied(self.net if net is None else net).eval()
         first = next(net.parameters())
         images, labels = self.images.to(first), self.labels.to(first.device)
         training = ImageTraining(net, labels, [which.to(first.device) for which in self.batches])

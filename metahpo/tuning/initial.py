@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 
 import torch
@@ -21,7 +20,7 @@ def reinitialised(net: nn.Module, *seed: int) -> nn.Module:
 
     Raises NetError that names the module of a trainable parameter which no ``reset_parameters`` draws.
     """
-    net = copy.deepcopy(net)
+    net = copied(net)
     lazy = next((name for name, p in net.named_parameters() if is_lazy(p)), None)
     if lazy:
         raise NetError(f"{type(net).__name__}.{lazy} is lazy; run the net once on an example batch first")

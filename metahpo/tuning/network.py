@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 
 import torch
@@ -17,7 +16,7 @@ Loss = Callable[[Tensor, Tensor], Tensor]
 
 def with_weights(net: nn.Module, params: Params, buffers: Params | None = None) -> nn.Module:
     """A copy of the net, in evaluation mode, that holds these tensors of a ``FunctionalModule`` of it."""
-    net = copy.deepcopy(net).eval()
+    net = copied(net).eval()
     own = {**dict(net.named_parameters()), **dict(net.named_buffers())}
     with torch.no_grad():
         for name, tensor in {**params, **(buffers or {})}.items():
@@ -29,7 +28,7 @@ def with_weights(net: nn.Module, params: Params, buffers: Params | None = None) 
 def check_fits(net: nn.Module, device: torch.device, **parts: Labelled) -> None:
     """Raises NetError or DataError, a line that begins with the part's name, where the net cannot take its examples or
     has no output for one of its labels, or where an example is NaN or infinite."""
-    net = copy.deepcopy(net).to(device).eval()
+    net = copied(net).to(device).eval()
     for what, data in parts.items():
         for name, values in zip(("examples", "targets"), data):
             bad = ~torch.isfinite(values.flatten(1) if values.dim() > 1 else values[:, None]).all(1)

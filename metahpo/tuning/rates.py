@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping
@@ -125,7 +124,7 @@ class RatesTuner(Tuner):
     ):
         self.settings = settings = settings or RatesSettings()
         super().__init__(settings.iterations)
-        self.net = copy.deepcopy(net)
+        self.net = copied(net)
         if device is not None:
             self.net.to(device)
         names = [name for name, p in self.net.named_parameters() if p.requires_grad]
@@ -157,7 +156,7 @@ class RatesTuner(Tuner):
 
     def _check(self) -> None:
         """Raises NetError unless net and loss take the loaders' first batches and the weights can be drawn anew."""
-        net = reinitialised(self.net, self.settings.seed) if self.settings.fresh else copy.deepcopy(self.net)
+        net = reinitialised(self.net, self.settings.seed) if self.settings.fresh else copied(self.net)
         with seeded(self.settings.seed, device=self.device), torch.no_grad():
             for what, loader in (("train_loader", self.train), ("val_loader", self.val)):
                 x, y = self._to(take(loader, 1, what)[0])
@@ -262,7 +261,7 @@ class RatesTuner(Tuner):
         # Apart from the outer steps' own numbers.
         seed = (self.settings.seed, self.iterations + run)
         with seeded(*seed, device=self.device):
-            net = reinitialised(self.net, *seed, _WEIGHTS) if self.settings.fresh else copy.deepcopy(self.net)
+            net = reinitialised(self.net, *seed, _WEIGHTS) if self.settings.fresh else copied(self.net)
             optimizer = rates.optimizer(net.train())
             scheduler = rates.scheduler(optimizer)
             for batch in take(self.train, self.settings.steps, "train_loader"):

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import copy
-
 import torch
 
 from metahpo.errors import NetError
 from metahpo.functional import FunctionalModule
+from metahpo.functional.copies import copied
 from metahpo.learners.base import MetaLearner
 from metahpo.learners.phase import Phase
 from metahpo.tasks.task import Task
@@ -59,7 +58,7 @@ def _difference(engine: Engine, learner: MetaLearner, task: Task, phase: Phase) 
 
 def _copy(learner: MetaLearner) -> MetaLearner:
     """A copy without autocast, which would round what is to be compared in float64."""
-    twin = copy.deepcopy(learner)
+    twin = copied(learner)
     for module in twin.modules():
         if isinstance(module, FunctionalModule):
             module.autocast = None

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import gc
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from queue import SimpleQueue
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from metahpo.errors import NetError
 from metahpo.functional import FunctionalModule, Params
+from metahpo.functional.copies import copied
 from metahpo.functional.trees import stack_trees
 from metahpo.learners.base import MetaLearner, Metrics
 from metahpo.learners.phase import Phase
@@ -116,9 +116,11 @@ def fused_copy(learner: MetaLearner) -> MetaLearner:
 
     A thread needs its own, because to run a module with other parameters is to change it for a moment.
     """
-    shared = {id(t): _shared(t) for t in [*learner.parameters(), *learner.buffers()]}
+    shared: dict[int, Any] = {id(t): _shared(t) for t in [*learner.parameters(), *learner.buffers()]}
+    # What the first calls showed holds for every copy after them.
+    shared |= {id(m.seen): m.seen for m in learner.modules() if isinstance(m, FunctionalModule)}
     try:
-        twin = copy.deepcopy(learner, shared)
+        twin = copied(learner, shared)
     except (TypeError, RuntimeError) as error:  # A lock, an open file, a tensor with a history.
         raise refusal("threads", learner, error, "vmap or loop") from error
     for module in twin.modules():

@@ -7,8 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.func import functional_call, grad, vmap
+from torch.func import grad, vmap
 
+from metahpo.functional.swap import call_with
 from metahpo.functional.trees import Params, map_tree
 from metahpo.learners.base import MetaLearner, Metrics
 from metahpo.learners.phase import Phase
@@ -46,7 +47,7 @@ def batched_gradient(
     # The gradient is taken inside vmap, task by task, and not by autograd through it: with torch 2.15 that is silently
     # wrong for layer, instance and batch norms whose scales differ from task to task.
     def loss_of(params: Params, *task: Tensor) -> tuple[Tensor, tuple[Tensor, Metrics]]:
-        loss, metrics = functional_call(learner, {**params, **others}, (Task(*task), phase))
+        loss, metrics = call_with(learner, {**params, **others}, (Task(*task), phase))
         return loss, (loss, metrics)
 
     of_each = vmap(grad(loss_of, has_aux=True), in_dims=(None, *[0] * len(tasks)), randomness="different")
