@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import types
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -124,16 +124,22 @@ def _depends(func: Any, args: Any, kwargs: Any, tensor: Tensor) -> bool:
 
 
 def _name(tensor: Tensor, net: nn.Module) -> str | None:
-    """How the net reaches the tensor."""
-    queue: list[tuple[str, Any]] = [(type(net).__name__, net)]
+    """How the net reaches the tensor, by another way than as its own parameter where there is one."""
+    kind = type(net).__name__
+    own = {f"{kind}.{name}" for name, _ in net.named_parameters(remove_duplicate=False)}
+    queue: list[tuple[str, Any]] = [(kind, net)]
     seen: set[int] = set()
+    registered = None
     for path, thing in queue:
-        if thing is tensor:
+        if thing is tensor and path not in own:
             return path
+        if thing is tensor:
+            registered = path
+            continue
         if id(thing) not in seen and len(queue) < 100_000:
             seen.add(id(thing))
             queue += _inside(path, thing)
-    return None
+    return registered
 
 
 def _inside(path: str, thing: Any) -> Iterator[tuple[str, Any]]:
@@ -142,9 +148,11 @@ def _inside(path: str, thing: Any) -> Iterator[tuple[str, Any]]:
     elif isinstance(thing, (list, tuple, set, frozenset)):
         yield from ((f"{path}[{index}]", value) for index, value in enumerate(thing))
     elif isinstance(thing, types.FunctionType):
-        cells = zip(thing.__code__.co_freevars, thing.__closure__ or ())
-        yield from ((f"{path} -> {name}", cell.cell_contents) for name, cell in cells if _filled(cell))
-        used = {name: thing.__globals__[name] for name in thing.__code__.co_names if name in thing.__globals__}
+        for name, cell in zip(thing.__code__.co_freevars, thing.__closure__ or ()):
+            with suppress(ValueError):  # One that is still empty.
+                yield f"{path} -> {name}", cell.cell_contents
+        names = dict.fromkeys(_names(thing.__code__))
+        used = {name: thing.__globals__[name] for name in names if name in thing.__globals__}
         yield from ((f"{path} -> {name}", value) for name, value in used.items() if not isinstance(value, type))
         yield from ((f"{path} -> a default", value) for value in thing.__defaults__ or ())
     elif isinstance(thing, types.MethodType):
@@ -163,9 +171,8 @@ def _inside(path: str, thing: Any) -> Iterator[tuple[str, Any]]:
         yield from ((f"{path}.{key}", value) for key, value in vars(thing).items())
 
 
-def _filled(cell: Any) -> bool:
-    try:
-        cell.cell_contents
-    except ValueError:
-        return False
-    return True
+def _names(code: types.CodeType) -> Iterator[str]:
+    yield from code.co_names
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            yield from _names(constant)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from metahpo.errors import NetError, one_line
 from metahpo.functional import FunctionalModule
+from metahpo.functional.copies import copied
 from metahpo.functional.levels import under_torch_func
 from metahpo.functional.trees import map_tree
 from metahpo.interop.packages import load

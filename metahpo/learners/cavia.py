@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from metahpo.errors import NetError
 from metahpo.functional import Params
+from metahpo.functional.copies import unwrapped
 from metahpo.functional.surgery import with_layers
 from metahpo.learners.base import Adapted
 from metahpo.learners.maml import MAML
@@ -48,6 +49,7 @@ class CAVIA(MAML):
     """
 
     def __init__(self, net: nn.Module, *, context: int = 100, after: str | None = None, **options: Any):
+        net = unwrapped(net)
         net = with_layers(net, [after or _place(net)], lambda layer: FiLM(context, _channels(layer)))
         super().__init__(net, **options)
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from metahpo.errors import NetError
 from metahpo.functional import FunctionalModule, Params, PerStepBatchNorm
+from metahpo.functional.copies import copied
 from metahpo.inner import (
     SGD,
     FirstOrder,

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from metahpo.errors import NetError
+from metahpo.functional.copies import unwrapped
 from metahpo.functional.surgery import with_layers
 from metahpo.learners.maml import MAML
 
@@ -36,6 +37,7 @@ class WarpMAML(MAML):
 
     def __init__(self, net: nn.Module, **options: Any):
         kinds = (nn.Conv2d, nn.Linear)
+        net = unwrapped(net)
         layers = [name for name, module in net.named_modules() if isinstance(module, kinds)]
         if len(layers) < 2:
             raise NetError(f"{type(net).__name__} has no Conv2d or Linear before its head to put a warp layer after")

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from metahpo.errors import NetError, NonFiniteError, SearchError, did_you_mean
 from metahpo.functional import FunctionalModule
+from metahpo.functional.copies import copied
 from metahpo.functional.trees import Params
 from metahpo.hypergrad import Strategy, Unroll
 from metahpo.inner import SGD, ByLayer, InnerProblem, PerTensorRule, Scheduled, UpdateRule

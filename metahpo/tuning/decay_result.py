@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from metahpo.errors import NetError
+from metahpo.functional.copies import trainable
 from metahpo.functional.trees import Params
 from metahpo.training.metrics import Row
 
@@ -52,7 +53,7 @@ class Decay:
         """
         if self.by == "parameter":
             raise NetError('param_groups: torch.optim has no decay by parameter; tune by="layer" or by="all"')
-        params, decays = {n: p for n, p in net.named_parameters() if p.requires_grad}, self.decays
+        params, decays = trainable(net), self.decays
         if self.by == ALL:
             return [{"params": list(params.values()), "weight_decay": float(decays[ALL])}]
         if set(params) != set(decays):

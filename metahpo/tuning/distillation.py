@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from metahpo.errors import CheckpointError, DataError
+from metahpo.functional.copies import copied
 from metahpo.functional.trees import Params
 from metahpo.hypergrad.base import Hypergradient
 from metahpo.hypergrad.unroll import Unroll

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from metahpo.functional.copies import copied
 from metahpo.functional.trees import Params
 from metahpo.training.environment import seeded
 from metahpo.training.metrics import Row

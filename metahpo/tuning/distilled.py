@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
+from metahpo.functional.copies import copied
 from metahpo.functional.trees import Params
 from metahpo.training.metrics import Row
 from metahpo.tuning.image_training import IMAGES, LOG_RATES, ImageTraining

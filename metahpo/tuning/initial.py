@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from metahpo.errors import NetError
+from metahpo.functional.copies import copied
 from metahpo.training.environment import seeded
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from metahpo.errors import DataError, NetError, one_line
+from metahpo.functional.copies import copied
 from metahpo.functional.trees import Params
 from metahpo.tuning.data import Labelled
 

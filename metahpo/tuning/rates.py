@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from metahpo.errors import ConfigError, DataError, NetError, NonFiniteError, did_you_mean, one_line
 from metahpo.functional import FunctionalModule
+from metahpo.functional.copies import copied
 from metahpo.functional.trees import Params
 from metahpo.hypergrad import Hypergradient, Unroll
 from metahpo.inner import SGD, Adam, AdamW, ByLayer, InnerProblem, Mixed, PerTensorRule, Reverse, named_remat

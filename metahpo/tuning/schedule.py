@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 
 from metahpo.errors import NetError
+from metahpo.functional.copies import trainable
 
 OPTIMIZERS = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
 
@@ -57,7 +58,7 @@ class Rates:
 
         Raises NetError for a net whose trainable parameters are not those that were tuned.
         """
-        own = {name: p for name, p in net.named_parameters() if p.requires_grad}
+        own = trainable(net)
         tuned = [name for names in self.groups.values() for name in names]
         for name in [*own, *tuned]:
             if name not in own or name not in tuned:
