@@ -31,6 +31,7 @@ from metahpo.learners import (
 )
 from metahpo.tasks import Task
 from metahpo.training.engines import Loop, Threads, Trace, VMap
+from metahpo.tuning import tune_decay, tune_rates
 
 TRAINING = Phase(training=True)
 # Recording is slow, and first order is part of second.
@@ -186,31 +187,49 @@ STRATEGIES = {
 }
 
 
+def hypergradient(name: str, module: FunctionalModule) -> list[Tensor]:
+    """The outer value and its gradients."""
+    task, buffers = small_tasks(1).select(0), module.buffers_by_name()
+
+    def loss(params, hparams, batch):
+        squares = torch.stack([p.square().sum() for p in params.values()]).sum()
+        return F.cross_entropy(module.apply_with(params, buffers, batch[0])[0], batch[1]) + hparams["decay"] * squares
+
+    def outer(params, hparams):
+        return F.cross_entropy(module.apply_with(params, buffers, task.query_x)[0], task.query_y)
+
+    rule = SGD(0.1).double()
+    hparams = {"decay": torch.tensor(0.01, dtype=torch.float64), **({} if name == "implicit" else rule_hparams(rule))}
+    params = {n: p.detach() for n, p in module.params().items()}
+    torch.manual_seed(0)
+    batches = [(task.support_x, task.support_y)] * 3
+    found = STRATEGIES[name](InnerProblem(loss), rule, outer, params, hparams, batches)
+    return [found.value, *found.grads.values()]
+
+
 @pytest.mark.parametrize("name", STRATEGIES)
 def test_every_strategy_gives_the_same_for_one_name_and_for_two_and_again(name):
-    task, results = small_tasks(1).select(0), []
-    for names in (1, 2):
-        module = FunctionalModule(net_with(names))
-        buffers = module.buffers_by_name()
-
-        def loss(params, hparams, batch):
-            out = module.apply_with(params, buffers, batch[0])[0]
-            return F.cross_entropy(out, batch[1]) + 0.5 * hparams["decay"] * sum(p.square().sum() for p in params.values())
-
-        def outer(params, hparams):
-            return F.cross_entropy(module.apply_with(params, buffers, task.query_x)[0], task.query_y)
-
-        rule = SGD(0.1).double()
-        hparams = {"decay": torch.tensor(0.01, dtype=torch.float64), **rule_hparams(rule)}
-        if name == "implicit":
-            del hparams["rule.lr"]
-        for _ in range(2):
-            torch.manual_seed(0)
-            params = {n: p.detach() for n, p in module.params().items()}
-            found = STRATEGIES[name](
-                InnerProblem(loss), rule, outer, params, hparams, [(task.support_x, task.support_y)] * 3
-            )
-            results.append([found.value, *found.grads.values()])
-    for other in results[1:]:
-        for one, two in zip(results[0], other):
+    first = hypergradient(name, FunctionalModule(net_with(1)))
+    module = FunctionalModule(net_with(2))
+    for _ in range(2):
+        for one, two in zip(first, hypergradient(name, module)):
             torch.testing.assert_close(one, two, rtol=0, atol=1e-12)
+
+
+def labelled(count: int, seed: int) -> tuple[Tensor, Tensor]:
+    x = torch.randn(count, 4, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return x, torch.arange(count) % 3
+
+
+@pytest.mark.parametrize("kind", ["rates", "decay"])
+def test_tunings_give_the_same_for_one_name_and_for_two(kind):
+    rows = []
+    for names in (1, 2):
+        train, val = labelled(12, 0), labelled(9, 1)
+        if kind == "rates":
+            options = {"steps": 3, "phases": 1, "iterations": 2, "by": "all", "fresh": False}
+            tuned = tune_rates(net_with(names), F.cross_entropy, [train] * 3, [val], **options)
+        else:
+            tuned = tune_decay(net_with(names), F.cross_entropy, train, val, steps=4, every=2, batch=6, by="all")
+        rows.append([value for row in tuned.history for value in row.values()])
+    assert rows[0] == pytest.approx(rows[1], rel=1e-9)
