@@ -121,8 +121,8 @@ def fused_copy(learner: MetaLearner) -> MetaLearner:
     shared |= {id(m.seen): m.seen for m in learner.modules() if isinstance(m, FunctionalModule)}
     try:
         twin = copied(learner, shared)
-    except (TypeError, RuntimeError) as error:  # A lock, an open file, a tensor with a history.
-        raise refusal("threads", learner, error, "vmap or loop") from error
+    except (NetError, RuntimeError) as error:  # A lock, an open file.
+        raise refusal("threads", learner, error.__cause__ or error, "vmap or loop") from error
     for module in twin.modules():
         if isinstance(module, FunctionalModule):
             module.fuse()
