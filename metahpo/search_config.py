@@ -128,6 +128,9 @@ def _expand(tree: dict[str, Any], path: Path) -> None:
         tree["run"] = with_settings(tree["run"], changes)
     if isinstance(tree.get("searcher"), str):
         tree["searcher"] = {"name": tree["searcher"]}
+    if isinstance(tree.get("objective"), Mapping):
+        # Without a name the options are those of the training.
+        tree["objective"] = {"name": "training", **tree["objective"]}
     for section in ("run", "space"):
         if isinstance(tree.get(section), Mapping) and not all(isinstance(key, str) for key in tree[section]):
             raise ConfigError(f"{path}: {section}: keys should be text, found {shown(list(tree[section]))}")

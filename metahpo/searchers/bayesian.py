@@ -31,7 +31,7 @@ class Bayesian(Searcher):
     beta: float = 2.0
     noise: float = NOISE
 
-    def check(self, space: Space) -> None:
+    def __post_init__(self) -> None:
         one_of(self, acquisition=ACQUISITIONS)
         at_least(self, initial=2)
         above(self, beta=(0, math.inf), noise=(0, 1))

@@ -43,7 +43,8 @@ class CMAES(Searcher):
 
     def __post_init__(self) -> None:
         # Fewer have but one parent, and nothing to adapt the covariance to.
-        at_least(self, initial=0, population=0 if self.population == 0 else 4)
+        at_least(self, initial=0, population=0)
+        at_least(self, population=4 if self.population else 0)
         above(self, sigma=(0, 10))
 
     def suggest(self, history: History, space: Space, rng: np.random.Generator) -> Settings | Proposal:

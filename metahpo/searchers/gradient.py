@@ -9,8 +9,9 @@ from functools import cached_property
 
 import numpy as np
 
-from metahpo.errors import SearchError
+from metahpo.errors import SearchArgumentError
 from metahpo.searchers.base import History, Observation, Proposal, Searcher
+from metahpo.searchers.checks import above, at_least, fraction
 from metahpo.searchers.descent import Descent
 from metahpo.searchers.random import Random
 from metahpo.searchers.settings import Float, Int, Setting
@@ -46,19 +47,18 @@ class Gradient(Searcher):
     hops: float = 0.2
 
     def __post_init__(self) -> None:
-        for name, low in (("starts", 1), ("patience", 1)):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < low:
-                raise SearchError(f"Gradient: {name} should be a whole number of at least {low}, found {value!r}")
+        at_least(self, starts=1, patience=1)
+        above(self, shortest=(0, 0.5), radius=(0, 0.5))
+        fraction(self, "tolerance", "hops")
         if not 0 < self.shortest < self.radius <= 0.5:
-            raise SearchError(
+            raise SearchArgumentError(
                 "Gradient: expected 0 < shortest < radius <= 0.5 (shares of each range), found "
                 f"shortest={self.shortest!r}, radius={self.radius!r}"
             )
         if not 0 <= self.hops < 1:
-            raise SearchError(f"Gradient: hops should be a share from 0 to below 1, found {self.hops!r}")
+            raise SearchArgumentError(f"Gradient: hops should be a share from 0 to below 1, found {self.hops!r}")
         if not isinstance(self.base, Searcher):
-            raise SearchError(f"Gradient: base should be a searcher, found {self.base!r}")
+            raise SearchArgumentError(f"Gradient: base should be a searcher, found {self.base!r}")
 
     def check(self, space: Space) -> None:
         self.base.check(space)

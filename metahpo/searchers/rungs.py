@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from metahpo.errors import SearchError
+from metahpo.checks import check_number, plain
+from metahpo.errors import SearchArgumentError
 from metahpo.searchers.base import History, Observation, Proposal, Searcher
 from metahpo.searchers.moves import DRAWS, untried
 from metahpo.searchers.random import Random
@@ -41,20 +42,23 @@ class MultiFidelity(Searcher):
         name = type(self).__name__
         for option in ("min_budget", "max_budget", "eta"):
             value = getattr(self, option)
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-                raise SearchError(f"{name}: {option} should be a finite number, found {value!r}")
+            check_number(self, option, value, error=SearchArgumentError)
+            # As Python's own number, for a study knows its searcher by its text.
+            object.__setattr__(self, option, plain(value))
         if self.min_budget <= 0:
-            raise SearchError(f"{name}: min_budget should be above 0, found {self.min_budget}")
+            raise SearchArgumentError(f"{name}: min_budget should be above 0, found {self.min_budget}")
         if self.min_budget >= self.max_budget:
-            raise SearchError(
+            raise SearchArgumentError(
                 f"{name}: min_budget should be below max_budget, found {self.min_budget} and {self.max_budget}"
             )
         if self.eta <= 1:
-            raise SearchError(f"{name}: eta should be above 1, found {self.eta}")
+            raise SearchArgumentError(f"{name}: eta should be above 1, found {self.eta}")
         if not isinstance(self.base, Searcher) or isinstance(self.base, MultiFidelity):
-            raise SearchError(f"{name}: base should be a searcher without budgets of its own, found {self.base!r}")
+            raise SearchArgumentError(
+                f"{name}: base should be a searcher without budgets of its own, found {self.base!r}"
+            )
         if len(self.budgets) < 2:
-            raise SearchError(
+            raise SearchArgumentError(
                 f"{name}: max_budget should be at least eta times min_budget, or there is one rung alone; "
                 f"found {self.max_budget}, {self.eta} and {self.min_budget}"
             )

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from decimal import Decimal
 from typing import Any, ClassVar
 
 from typing_extensions import Self
 
-from metahpo.errors import SearchError
+from metahpo.checks import check_flag, plain, shown
+from metahpo.errors import SearchArgumentError
 
 # The setting exists only while each of these others has one of these values.
 Condition = Mapping[str, Any]
@@ -31,13 +32,13 @@ class Setting:
 
     def __post_init__(self) -> None:
         if not isinstance(self.when, Mapping):
-            raise SearchError(f"{self.label}: when should map settings to values, found {self.when!r}")
+            raise SearchArgumentError(f"{self.label}: when should map settings to values, found {shown(self.when)}")
         conditions = {}
         for name, values in self.when.items():
             where = f"{self.label}: when {name!r}"
             conditions[name] = tuple(_plain(values if isinstance(values, (list, tuple)) else [values], where))
             if not conditions[name]:
-                raise SearchError(f"{where} should have at least one value")
+                raise SearchArgumentError(f"{where} should have at least one value")
         object.__setattr__(self, "when", conditions)
 
     @property
@@ -56,11 +57,15 @@ class Setting:
     def unit(self, value: Any) -> float:
         raise NotImplementedError
 
-    def values(self) -> list[Any]:
-        """All values in order; raises SearchError for a continuous range."""
+    def values(self) -> Sequence[Any]:
+        """All values in order, each made when it is asked for: there may be millions of them.
+
+        Raises:
+            SearchError: For a continuous range.
+        """
         if math.isinf(self.count):
-            raise SearchError(f"{self.label} is a continuous range; a list of its values needs a step")
-        return [self.at((i + 0.5) / self.count) for i in range(int(self.count))]
+            raise SearchArgumentError(f"{self.label} is a continuous range; a list of its values needs a step")
+        return _Values(self)
 
     def check(self, value: Any) -> None:
         """Raises SearchError unless ``value`` is one of the setting's, in type too."""
@@ -90,20 +95,19 @@ class _Range(Setting):
     step: Any = None
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         self._check_bounds()
+        super().__post_init__()
         if self.low >= self.high:
-            raise SearchError(f"{self.label}: low should be below high")
-        if not isinstance(self.log, bool):
-            raise SearchError(f"{self.label}: log should be true or false")
+            raise SearchArgumentError(f"{self.label}: low should be below high")
+        object.__setattr__(self, "log", check_flag(self.label, "log", self.log, error=SearchArgumentError))
         if self.log and self.low <= 0:
-            raise SearchError(f"{self.label}: a log range should begin above 0, found {self.low}")
+            raise SearchArgumentError(f"{self.label}: a log range should begin above 0, found {self.low}")
         if self.step is not None and self.log:
-            raise SearchError(f"{self.label}: a log range takes no step")
+            raise SearchArgumentError(f"{self.label}: a log range takes no step")
         if self.step is not None and not 0 < self.step <= self.high - self.low:
-            raise SearchError(f"{self.label}: step should be above 0 and at most high - low, found {self.step}")
+            raise SearchArgumentError(f"{self.label}: step should be above 0 and at most high - low, found {self.step}")
         if self.step is not None and (self.high - self.low) / self.step > 2**53:
-            raise SearchError(f"{self.label}: step is too small for the range, found {self.step}")
+            raise SearchArgumentError(f"{self.label}: step is too small for the range, found {self.step}")
 
     def _check_bounds(self) -> None:
         raise NotImplementedError
@@ -130,11 +134,12 @@ class Float(_Range):
             value = getattr(self, name)
             if value is None and name == "step":
                 continue
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-                raise SearchError(f"{self.label}: {name} should be a finite number, found {value!r}")
+            value = plain(value)
+            if not _real(value) or not _finite(value):
+                raise SearchArgumentError(f"{self.label}: {name} should be a finite number, found {shown(value)}")
             object.__setattr__(self, name, float(value))
         if math.isinf(self.high - self.low):
-            raise SearchError(f"{self.label}: high - low is too large for a number")
+            raise SearchArgumentError(f"{self.label}: high - low is too large for a number")
 
     @property
     def count(self) -> float:
@@ -157,10 +162,13 @@ class Float(_Range):
         return (value - self.low) / (self.high - self.low)
 
     def check(self, value: Any) -> None:
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not self.low <= value <= self.high:
-            raise SearchError(f"should be a number in [{self.low}, {self.high}], found {value!r}")
+        value = plain(value)
+        if not _real(value) or not self.low <= value <= self.high:
+            raise SearchArgumentError(f"should be a number in [{self.low}, {self.high}], found {shown(value)}")
         if self.step is not None and abs(self.at(self.unit(value)) - value) > 1e-6 * self.step:
-            raise SearchError(f"should be {self.low} and a number of steps of {self.step}, found {value!r}")
+            raise SearchArgumentError(
+                f"should be {self.low} and a number of steps of {self.step}, found {shown(value)}"
+            )
 
 
 @dataclass(frozen=True, repr=False)
@@ -175,8 +183,12 @@ class Int(_Range):
             if value is None and name == "step":
                 continue
             # Up to there databases and the unit interval have a place for each.
-            if isinstance(value, bool) or not isinstance(value, int) or abs(value) > 2**53:
-                raise SearchError(f"{self.label}: {name} should be a whole number within 2**53, found {value!r}")
+            value = plain(value)
+            if not _real(value) or not isinstance(value, int) or abs(value) > 2**53:
+                raise SearchArgumentError(
+                    f"{self.label}: {name} should be a whole number within 2**53, found {shown(value)}"
+                )
+            object.__setattr__(self, name, value)
 
     @property
     def count(self) -> float:
@@ -193,14 +205,17 @@ class Int(_Range):
             return math.log(value / (self.low - 0.5)) / math.log((self.high + 0.5) / (self.low - 0.5))
         return ((value - self.low) // (self.step or 1) + 0.5) / self.count
 
-    def values(self) -> list[int]:
-        return list(range(self.low, self.high + 1, self.step or 1))
+    def values(self) -> Sequence[int]:
+        return range(self.low, self.high + 1, self.step or 1)
 
     def check(self, value: Any) -> None:
-        if isinstance(value, bool) or not isinstance(value, int) or not self.low <= value <= self.high:
-            raise SearchError(f"should be a whole number in [{self.low}, {self.high}], found {value!r}")
+        value = plain(value)
+        if not _real(value) or not isinstance(value, int) or not self.low <= value <= self.high:
+            raise SearchArgumentError(f"should be a whole number in [{self.low}, {self.high}], found {shown(value)}")
         if (value - self.low) % (self.step or 1):
-            raise SearchError(f"should be {self.low} and a number of steps of {self.step}, found {value!r}")
+            raise SearchArgumentError(
+                f"should be {self.low} and a number of steps of {self.step}, found {shown(value)}"
+            )
 
 
 @dataclass(frozen=True, repr=False, init=False)
@@ -218,11 +233,11 @@ class Choice(Setting):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not self.options:
-            raise SearchError("Choice(): should have at least one option")
+            raise SearchArgumentError("Choice(): should have at least one option")
         object.__setattr__(self, "options", tuple(_plain(self.options, f"{self.label}: options")))
         keys = [_key(option) for option in self.options]
         if twice := [o for i, o in enumerate(self.options) if keys[i] in keys[:i]]:
-            raise SearchError(f"{self.label}: option {twice[0]!r} is given twice")
+            raise SearchArgumentError(f"{self.label}: option {twice[0]!r} is given twice")
 
     @property
     def label(self) -> str:
@@ -243,7 +258,7 @@ class Choice(Setting):
         for place, option in enumerate(self.options):
             if _key(option) == _key(value):
                 return place
-        raise SearchError(f"should be one of {', '.join(map(repr, self.options))}, found {value!r}")
+        raise SearchArgumentError(f"should be one of {', '.join(map(repr, self.options))}, found {shown(value)}")
 
     def values(self) -> list[Any]:
         return list(self.options)
@@ -260,8 +275,34 @@ class Choice(Setting):
     @classmethod
     def of(cls, options: Any, **rest: Any) -> Self:
         if not isinstance(options, list):
-            raise SearchError(f"choice should be a list of options, found {options!r}")
+            raise SearchArgumentError(f"choice should be a list of options, found {shown(options)}")
         return cls(*options, **rest)
+
+
+def _real(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _finite(value: float) -> bool:
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # A whole number too large for a float.
+        return False
+
+
+class _Values(Sequence[Any]):
+    """The values of a setting that has a number of them."""
+
+    def __init__(self, setting: Setting):
+        self._setting, self._places = setting, range(int(setting.count))
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self[place] for place in self._places[index]]
+        return self._setting.at((self._places[index] + 0.5) / len(self._places))
 
 
 def _bin(u: float, count: float) -> int:
@@ -270,7 +311,12 @@ def _bin(u: float, count: float) -> int:
 
 
 def _plain(value: Any, where: str) -> Any:
-    """Tuples as lists, for YAML and JSON know no others; raises SearchError for what they cannot write."""
+    """NumPy's numbers as Python's and tuples as lists, for YAML and JSON know no others.
+
+    Raises:
+        SearchArgumentError: For what these cannot write.
+    """
+    value = plain(value)
     if isinstance(value, (list, tuple)):
         return [_plain(one, where) for one in value]
     if isinstance(value, Mapping) and all(isinstance(key, str) for key in value):
@@ -280,7 +326,7 @@ def _plain(value: Any, where: str) -> Any:
             return json.loads(json.dumps(value, allow_nan=False))
     except (TypeError, ValueError):
         pass
-    raise SearchError(
+    raise SearchArgumentError(
         f"{where} should be plain (text, numbers, true, null, lists or sections of them), found {value!r}"
     )
 
@@ -306,15 +352,15 @@ def setting_of(tree: Any) -> Setting:
         return tree
     named = [kind for kind in KINDS if isinstance(tree, Mapping) and kind in tree]
     if len(named) != 1:
-        raise SearchError(
-            f"should be {{float: [LOW, HIGH]}}, {{int: [LOW, HIGH]}} or {{choice: [...]}}, found {tree!r}"
+        raise SearchArgumentError(
+            f"should be {{float: [LOW, HIGH]}}, {{int: [LOW, HIGH]}} or {{choice: [...]}}, found {shown(tree)}"
         )
     kind, rest = named[0], {key: value for key, value in tree.items() if key != named[0]}
     known = ("when",) if kind == "choice" else ("log", "step", "when")
     if unknown := [key for key in rest if key not in known]:
-        raise SearchError(f"a setting of kind {kind} has no key {unknown[0]!r}; known: {', '.join(known)}")
+        raise SearchArgumentError(f"a setting of kind {kind} has no key {unknown[0]!r}; known: {', '.join(known)}")
     if kind == "choice":
         return Choice.of(tree[kind], **rest)
     if not (isinstance(tree[kind], (list, tuple)) and len(tree[kind]) == 2):
-        raise SearchError(f"{kind} should be [LOW, HIGH], found {tree[kind]!r}")
+        raise SearchArgumentError(f"{kind} should be [LOW, HIGH], found {shown(tree[kind])}")
     return KINDS[kind](*tree[kind], **rest)  # type: ignore[call-arg]

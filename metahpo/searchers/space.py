@@ -8,10 +8,12 @@ from typing import Any
 
 import numpy as np
 
-from metahpo.errors import SearchError, did_you_mean
+from metahpo.checks import check_type, check_whole, plain, refuse, shown
+from metahpo.errors import SearchArgumentError, SearchError, did_you_mean
 from metahpo.searchers.settings import Float, Setting, same, setting_of
 
 Settings = dict[str, Any]
+ARGUMENT: Any = {"error": SearchArgumentError}
 
 
 class Space:
@@ -24,22 +26,26 @@ class Space:
 
     def __init__(self, settings: Mapping[str, Setting] | None = None, /, **named: Setting):
         if not isinstance(settings, (Mapping, type(None))):
-            raise SearchError(f"space: should map names to settings, found {settings!r}")
+            raise SearchArgumentError(f"space: should map names to settings, found {shown(settings)}")
         self.settings: dict[str, Setting] = {**(settings or {}), **named}
         if not self.settings:
-            raise SearchError("space: has no setting; expected at least one, such as inner_lr=Float(1e-3, 1, log=True)")
+            raise SearchArgumentError(
+                "space: has no setting; expected at least one, such as inner_lr=Float(1e-3, 1, log=True)"
+            )
         for name, setting in self.settings.items():
             if not isinstance(name, str) or not name:
-                raise SearchError(f"space: a setting's name should be text, found {name!r}")
+                raise SearchArgumentError(f"space: a setting's name should be text, found {shown(name)}")
             if not isinstance(setting, Setting):
-                raise SearchError(f"space.{name}: should be a Float, an Int or a Choice, found {setting!r}")
+                raise SearchArgumentError(
+                    f"space.{name}: should be a Float, an Int or a Choice, found {shown(setting)}"
+                )
         self._check_conditions()
 
     @classmethod
     def of(cls, tree: Any) -> Space:
         """The space that plain values describe, as YAML gives them; see ``setting_of``. All errors at once."""
         if not isinstance(tree, Mapping):
-            raise SearchError(f"space: should be a section of settings, found {tree!r}")
+            raise SearchArgumentError(f"space: should be a section of settings, found {shown(tree)}")
         settings, lines = {}, []
         for name, setting in tree.items():
             try:
@@ -47,7 +53,7 @@ class Space:
             except SearchError as error:
                 lines.append(f"space.{name}: {error}")
         if lines:
-            raise SearchError("\n".join(lines))
+            raise SearchArgumentError("\n".join(lines))
         return cls(settings)
 
     def tree(self) -> dict[str, Any]:
@@ -85,18 +91,29 @@ class Space:
     def check(self, settings: Mapping[str, Any]) -> None:
         """Raises SearchError unless ``settings`` has a value of the right type and range for each that exists."""
         if unknown := [name for name in settings if name not in self.settings]:
-            raise SearchError(f"no setting {unknown[0]!r} in the space; {did_you_mean(str(unknown[0]), self.settings)}")
+            raise SearchArgumentError(
+                f"no setting {unknown[0]!r} in the space; {did_you_mean(str(unknown[0]), self.settings)}"
+            )
         active = self.active(settings)
         for name in self.settings:
             if name in active and name not in settings:
-                raise SearchError(f"setting {name!r} is missing")
+                raise SearchArgumentError(f"setting {name!r} is missing")
             if name not in active and name in settings:
-                raise SearchError(f"setting {name!r} should not be there: it exists when {self.settings[name].when}")
+                raise SearchArgumentError(
+                    f"setting {name!r} should not be there: it exists when {self.settings[name].when}"
+                )
         for name in active:
             try:
                 self.settings[name].check(settings[name])
             except SearchError as error:
-                raise SearchError(f"setting {name!r} {error}") from None
+                raise SearchArgumentError(f"setting {name!r} {error}") from None
+
+    def plain(self, settings: Mapping[str, Any]) -> Settings:
+        """Settings of one trial in Python's own numbers, checked; see ``check``."""
+        check_type("space", "settings of a trial", settings, Mapping, "a mapping of names to values", **ARGUMENT)
+        found = {name: plain(value) for name, value in settings.items()}
+        self.check(found)
+        return found
 
     def parents_first(self) -> list[str]:
         """The names, those that others depend on before these."""
@@ -104,6 +121,8 @@ class Space:
 
     def decode(self, units: np.ndarray) -> Settings:
         """The settings at a point [D] of the unit cube, a coordinate each; those that do not exist are left out."""
+        if getattr(units, "shape", (len(units),)) != (len(self),):
+            refuse("space.decode", "units", units, f"a number for each of {len(self)} settings", SearchArgumentError)
         settings = {name: setting.at(float(u)) for (name, setting), u in zip(self.settings.items(), units)}
         return {name: settings[name] for name in self.active(settings)}
 
@@ -115,6 +134,7 @@ class Space:
 
     def sample(self, rng: np.random.Generator) -> Settings:
         """Settings at random, each from its own distribution."""
+        check_type("space.sample", "rng", rng, np.random.Generator, "a numpy.random.Generator", **ARGUMENT)
         return self.decode(rng.random(len(self)))
 
     def grid(self, start: int = 0) -> Iterator[Settings]:
@@ -122,9 +142,10 @@ class Space:
 
         Raises SearchError, which names it, for a continuous range without a step.
         """
+        start = check_whole("space.grid", "start", start, at_least=0, **ARGUMENT)
         for name, setting in self.settings.items():
             if math.isinf(setting.count):
-                raise SearchError(f"space.{name}: {setting.label} is a continuous range; a grid needs its step")
+                raise SearchArgumentError(f"space.{name}: {setting.label} is a continuous range; a grid needs its step")
         return self._grid({}, 0, start)
 
     def _grid(self, chosen: Settings, place: int, skip: int) -> Iterator[Settings]:
@@ -132,7 +153,7 @@ class Space:
             yield {name: chosen[name] for name in self.settings if name in chosen}
             return
         for further in self._choices(chosen, place):
-            if skip and (size := self._size(further, place + 1)) <= skip:
+            if skip and (size := self._size(further, place + 1, skip + 1)) <= skip:
                 skip -= size
                 continue
             yield from self._grid(further, place + 1, skip)
@@ -147,15 +168,20 @@ class Space:
         for value in self.settings[name].values():
             yield {**chosen, name: value}
 
-    def _size(self, chosen: Settings, place: int) -> int:
-        """How many ways there are to go on from ``chosen``."""
+    def _size(self, chosen: Settings, place: int, enough: int) -> int:
+        """How many ways there are to go on from ``chosen``, counted no further than ``enough``."""
         if place == len(self._order):
             return 1
         name = self._order[place]
         if any(name in setting.when for setting in self.settings.values()):
-            return sum(self._size(further, place + 1) for further in self._choices(chosen, place))
+            size = 0
+            for further in self._choices(chosen, place):
+                size += self._size(further, place + 1, enough)
+                if size >= enough:
+                    break
+            return size
         count = int(self.settings[name].count) if self._exists(name, chosen) else 1
-        return count * self._size(chosen, place + 1)
+        return count * self._size(chosen, place + 1, enough)
 
     def _exists(self, name: str, chosen: Settings) -> bool:
         """Whether it does given those that come before it in the order."""
@@ -170,20 +196,22 @@ class Space:
         for name, setting in self.settings.items():
             for other, values in setting.when.items():
                 if other not in self.settings:
-                    raise SearchError(f"space.{name}: when names {other!r}, {did_you_mean(str(other), self.settings)}")
+                    raise SearchArgumentError(
+                        f"space.{name}: when names {other!r}, {did_you_mean(str(other), self.settings)}"
+                    )
                 if isinstance(self.settings[other], Float):
-                    raise SearchError(f"space.{name}: when names {other!r}, which should be a Choice or an Int")
+                    raise SearchArgumentError(f"space.{name}: when names {other!r}, which should be a Choice or an Int")
                 for value in values:
                     try:
                         self.settings[other].check(value)
                     except SearchError as error:
-                        raise SearchError(f"space.{name}: when {other!r} {error}") from None
+                        raise SearchArgumentError(f"space.{name}: when {other!r} {error}") from None
         # Those that others depend on come first.
         self._order: list[str] = []
         while left := [name for name in self.settings if name not in self._order]:
             ready = [name for name in left if all(other in self._order for other in self.settings[name].when)]
             if not ready:
-                raise SearchError(f"space.{left[0]}: when goes round in a circle")
+                raise SearchArgumentError(f"space.{left[0]}: when goes round in a circle")
             self._order.append(ready[0])
 
 

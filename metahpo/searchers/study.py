@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -10,7 +11,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-from metahpo.errors import SearchError
+from metahpo.checks import check_callable, check_number, check_type, check_whole, refuse, shown
+from metahpo.errors import SearchArgumentError, SearchError
 from metahpo.searchers.base import History, Observation, Proposal, Searcher
 from metahpo.searchers.coordinator import Coordinator
 from metahpo.searchers.executors.base import Executor, Objective, Result
@@ -21,7 +23,7 @@ from metahpo.searchers.lock import FileLock
 from metahpo.searchers.random import Random
 from metahpo.searchers.records import TrialRecord, plain
 from metahpo.searchers.settings import same
-from metahpo.searchers.space import Space
+from metahpo.searchers.space import ARGUMENT, Space
 from metahpo.searchers.store import StudyStore, sqlite_path
 from metahpo.searchers.trial import Job, Trial
 
@@ -53,11 +55,14 @@ class Study:
         parallel: int | None = None,
         name: str = "study",
     ):
-        self.space, self.searcher, self.seed, self.name = space, searcher or Random(), seed, name
+        self.space = check_type(self, "space", space, Space, "a Space", **ARGUMENT)
+        self.searcher = Random() if searcher is None else searcher
+        check_type(self, "searcher", self.searcher, Searcher, "a searcher, such as Random()", **ARGUMENT)
         self.directions = _directions(direction)
-        for what, number, least in (("seed", seed, 0), ("parallel", 1 if parallel is None else parallel, 1)):
-            if isinstance(number, bool) or not isinstance(number, int) or number < least:
-                raise SearchError(f"{what}: should be a whole number of at least {least}, found {number!r}")
+        self.seed = check_whole(self, "seed", seed, at_least=0, **ARGUMENT)
+        if parallel is not None:
+            parallel = check_whole(self, "parallel", parallel, at_least=1, **ARGUMENT)
+        self.name = _checked_places(storage, folder, name)
         self.searcher.check(space)
         self.parallel, self._open = parallel, True
         self.folder = _folder(storage, folder, name)
@@ -99,6 +104,7 @@ class Study:
     @classmethod
     def open(cls, storage: str | Path, *, folder: str | Path | None = None, name: str = "study") -> Study:
         """A study that is there, to look at: nothing can be asked or told. It may be at work in another process."""
+        _checked_places(storage, folder, name)
         study = cls.__new__(cls)
         study._store, study._lock, study.name = StudyStore(storage, name, make=False), None, name
         study._open = False
@@ -175,28 +181,46 @@ class Study:
 
     # Asked and told by hand.
 
+    @property
+    def _identity(self) -> object:
+        """What a trial knows its study by, also after that was closed and opened again."""
+        where = self._store.storage
+        path = None if where is None else sqlite_path(where)
+        return id(self) if where is None else (str(path.resolve() if path else where), self.name)
+
     def ask(self, settings: Mapping[str, Any] | None = None) -> Trial:
         """The next trial, with settings of your own if you give some. Raises SearchError when the search is over."""
         self._check_open()
         if settings is not None:
-            proposal = Proposal(dict(settings))
-            self.space.check(settings)
+            proposal = Proposal(self.space.plain(settings))
         else:
             proposal = self.suggest()
             if proposal is None:
                 more = "before a trial that is at work is told" if self.history().pending else "any more: it is over"
                 raise SearchError(f"{self.searcher!r} suggests nothing {more}")
         number = self.add(proposal)
-        return Trial(self.job(number), lambda step, score: self.report(number, step, score))
+        trial = Trial(self.job(number), lambda step, score: self.report(number, step, score))
+        trial.study = self._identity
+        return trial
 
     def tell(self, trial: Trial | int, score: Any = None, error: str | None = None) -> TrialRecord:
         """Ends a trial with what its objective gave (a score, a tuple of them, an ``Outcome``), or with an error."""
         self._check_open()
-        number = trial if isinstance(trial, int) else trial.number
+        if isinstance(trial, Trial):
+            if trial.study not in (None, self._identity):
+                raise SearchArgumentError(f"tell: trial {trial.number} is of another study")
+            number = trial.number
+        else:
+            expected = {"at_least": 0, **ARGUMENT}
+            number = check_whole("tell", "trial (a Trial of this study, or its number)", trial, **expected)
+        if error is not None:
+            check_type("tell", "error", error, str, "text", **ARGUMENT)
+            if score is not None:
+                raise SearchArgumentError(f"tell: found score {shown(score)} and an error, expected one of them")
         if not 0 <= number < len(self._records):
-            raise SearchError(f"tell: there is no trial {number}; the study has {len(self._records)}")
+            raise SearchArgumentError(f"tell: there is no trial {number}; the study has {len(self._records)}")
         if self._records[number].state != "running":
-            raise SearchError(f"tell: trial {number} has ended already: {self._records[number].state}")
+            raise SearchArgumentError(f"tell: trial {number} has ended already: {self._records[number].state}")
         return self.end(number, Result(error=error) if error is not None else Result.of(score))
 
     def _check_open(self) -> None:
@@ -227,8 +251,16 @@ class Study:
         Ctrl-C or SIGTERM asks the trainings at work to save themselves and raises ``Interrupted``.
         """
         self._check_open()
-        if not callable(objective):
-            raise SearchError(f"objective: should be a function of a trial, found {objective!r}")
+        owner = "optimize"
+        check_callable(owner, "objective", objective, "a function of a trial", **ARGUMENT)
+        if trials is not None:
+            trials = check_whole(owner, "trials", trials, at_least=0, **ARGUMENT)
+        if budget is not None:
+            budget = check_number(owner, "budget", budget, above=0, infinite=True, **ARGUMENT)
+        max_failures = check_whole(owner, "max_failures", max_failures, at_least=1, **ARGUMENT)
+        max_attempts = check_whole(owner, "max_attempts", max_attempts, at_least=1, **ARGUMENT)
+        if on_trial is not None:
+            check_callable(owner, "on_trial", on_trial, "a function of a trial's record", **ARGUMENT)
         executor = workers if isinstance(workers, Executor) else Processes(workers) if workers != 1 else Serial()
         if self.parallel is None:
             self.parallel = self._kept["parallel"] = executor.workers
@@ -246,7 +278,11 @@ class Study:
             return None
         proposal = given if isinstance(given, Proposal) else Proposal(given)
         try:
-            self.space.check(proposal.settings)
+            proposal = replace(proposal, settings=self.space.plain(proposal.settings))
+            if proposal.budget is not None:
+                check_number("proposal", "budget", proposal.budget, above=0, **ARGUMENT)
+            if proposal.parent is not None:
+                check_whole("proposal", "parent", proposal.parent, at_least=0, **ARGUMENT)
         except SearchError as error:
             raise SearchError(f"{self.searcher!r} suggested what is not in the space: {error}") from error
         if proposal.parent is not None and not 0 <= proposal.parent < len(self._records):
@@ -344,10 +380,24 @@ class Study:
         return self._records[number]
 
 
+def _checked_places(storage: Any, folder: Any, name: Any) -> str:
+    """The name; raises SearchArgumentError for what is no storage, folder or name."""
+    for argument, value in (("storage", storage), ("folder", folder)):
+        if value is not None:
+            check_type("Study", argument, value, (str, os.PathLike), "a path", **ARGUMENT)
+            if not str(value) or "\0" in str(value):
+                refuse("Study", argument, value, "a path", SearchArgumentError)
+    check_type("Study", "name", name, str, "text", **ARGUMENT)
+    if not name or "\0" in name:
+        refuse("Study", "name", name, "a name", SearchArgumentError)
+    return name
+
+
 def _directions(given: Any) -> list[str]:
     directions = list(given) if isinstance(given, (list, tuple)) else [given]
-    if not directions or any(direction not in ("minimize", "maximize") for direction in directions):
-        raise SearchError(f"direction: should be minimize, maximize, or a list of these, found {given!r}")
+    known = ("minimize", "maximize")
+    if not directions or not all(isinstance(one, str) and one in known for one in directions):
+        raise SearchArgumentError(f"direction: should be minimize, maximize, or a list of these, found {shown(given)}")
     return directions
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Container
 from dataclasses import dataclass
@@ -14,10 +15,13 @@ from optuna.storages import InMemoryStorage
 from optuna.trial import FrozenTrial, TrialState
 
 from metahpo.searchers.base import History, Searcher, initial
-from metahpo.searchers.checks import at_least
+from metahpo.searchers.checks import at_least, flag
 from metahpo.searchers.settings import Choice, Setting
 from metahpo.searchers.space import Settings, Space
 from metahpo.searchers.store import distribution
+
+# A range of more steps than this is searched as the unit interval.
+MANY = 10**6
 
 
 @dataclass(frozen=True)
@@ -35,6 +39,7 @@ class TPE(Searcher):
 
     def __post_init__(self) -> None:
         at_least(self, initial=0, candidates=1)
+        flag(self, "multivariate")
 
     def suggest(self, history: History, space: Space, rng: np.random.Generator) -> Settings:
         first = initial(history, space, rng, self.initial)
@@ -99,22 +104,31 @@ class _Storage(InMemoryStorage):
 
 def _distribution(setting: Setting) -> BaseDistribution:
     # By place, for Optuna takes 1, 1.0 and true for one option.
-    return (
-        CategoricalDistribution(range(len(setting.options))) if isinstance(setting, Choice) else distribution(setting)
-    )
+    if isinstance(setting, Choice):
+        return CategoricalDistribution(range(len(setting.options)))
+    return FloatDistribution(0.0, 1.0) if _fine(setting) else distribution(setting)
+
+
+def _fine(setting: Setting) -> bool:
+    """Whether it has so many steps that Optuna's own densities of them have no digits left."""
+    return MANY < setting.count < math.inf
 
 
 def _parameter(setting: Setting, value: Any) -> Any:
-    return setting.index(value) if isinstance(setting, Choice) else value
+    if isinstance(setting, Choice):
+        return setting.index(value)
+    return setting.unit(value) if _fine(setting) else value
 
 
 def _suggested(trial: optuna.Trial, name: str, setting: Setting) -> Any:
     if isinstance(setting, Choice):
         return setting.options[trial.suggest_categorical(name, range(len(setting.options)))]
-    kind = distribution(setting)
+    kind = _distribution(setting)
+    if _fine(setting):
+        return setting.at(trial.suggest_float(name, 0.0, 1.0))
     if isinstance(kind, IntDistribution):
         return trial.suggest_int(name, kind.low, kind.high, step=kind.step, log=kind.log)
     assert isinstance(kind, FloatDistribution)
     value = trial.suggest_float(name, kind.low, kind.high, step=kind.step, log=kind.log)
     # Written as the setting writes it: 0.3, where Optuna has 0.30000000000000004.
-    return value if kind.step is None else setting.at(setting.unit(value))
+    return value if setting.step is None else setting.at(setting.unit(value))

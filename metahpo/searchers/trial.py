@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from metahpo.errors import SearchError
+from metahpo.checks import check_whole, plain, refuse
+from metahpo.errors import SearchArgumentError
 from metahpo.searchers.space import Settings
 
 
@@ -42,6 +43,8 @@ class Trial:
         self.attempt, self.parent, self.parent_folder = job.attempt, job.parent, job.parent_folder
         self.reports: dict[int, float] = {}
         self._folder, self._emit = job.folder, emit
+        # What of: a study does not take another one's.
+        self.study: object = None
         self._temporary: tempfile.TemporaryDirectory[str] | None = None
 
     def __getitem__(self, name: str) -> Any:
@@ -62,7 +65,17 @@ class Trial:
         An attempt that goes on from what another one kept should tell of that one's steps again: what was told just
         before a process died may be lost.
         """
-        if isinstance(step, bool) or not isinstance(step, int) or step < 0:
-            raise SearchError(f"trial.report: step should be a whole number of at least 0, found {step!r}")
-        self.reports[step] = float(score)
-        self._emit(step, float(score))
+        step = check_whole("trial.report", "step", step, at_least=0, error=SearchArgumentError)
+        try:
+            value = number(score)
+        except (TypeError, ValueError, OverflowError, RuntimeError):
+            refuse("trial.report", "score", score, "a number", SearchArgumentError)
+        self.reports[step] = value
+        self._emit(step, value)
+
+
+def number(score: Any) -> float:
+    """A score as a float; raises TypeError, ValueError or OverflowError for what is none."""
+    if isinstance(plain(score), (bool, str, bytes)):
+        raise TypeError("what reads as a number is a mistake all the same")
+    return float(score)

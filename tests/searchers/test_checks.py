@@ -18,13 +18,14 @@ WRONG = [
     (LocalSearch, {"step": 0}, "LocalSearch: step should be a number above 0 and at most 1, found 0"),
     (LocalSearch, {"step": "wide"}, "LocalSearch: step should be a number above 0 and at most 1, found 'wide'"),
     (Genetic, {"population": True}, "Genetic: population should be a whole number of at least 2, found True"),
-    (Genetic, {"crossover": 1.5}, "Genetic: crossover should be a number from 0 to 1, found 1.5"),
+    (Genetic, {"crossover": 1.5}, "Genetic: crossover should be a number of at least 0 and at most 1, found 1.5"),
     (RegularizedEvolution, {"width": float("nan")}, "RegularizedEvolution: width should be a number above 0"),
     (DifferentialEvolution, {"population": 3}, "population should be a whole number of at least 4, found 3"),
     (DifferentialEvolution, {"strategy": "best"}, "should be one of rand/1/bin, best/1/bin, found 'best'"),
     (CMAES, {"population": 3}, "CMAES: population should be a whole number of at least 4, found 3"),
-    (CMAES, {"population": -1}, "CMAES: population should be a whole number of at least 4, found -1"),
+    (CMAES, {"population": -1}, "CMAES: population should be a whole number of at least 0, found -1"),
     (CMAES, {"sigma": 0}, "CMAES: sigma should be a number above 0 and at most 10, found 0"),
+    (TPE, {"multivariate": "no"}, "TPE: multivariate should be True or False, found 'no'"),
     (TPE, {"candidates": 0}, "TPE: candidates should be a whole number of at least 1, found 0"),
 ]
 

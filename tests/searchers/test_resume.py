@@ -271,5 +271,5 @@ print([t.state for t in study.trials], study.trials[1].error)
 
 def test_of_a_search_with_other_settings_of_the_clock_nothing_is_begun(tmp_path):
     for parallel in (0, -1, True, 2.0, "3"):
-        with pytest.raises(SearchError, match=r"^parallel: should be a whole number of at least 1, found"):
+        with pytest.raises(SearchError, match=r"^Study: parallel should be a whole number of at least 1, found"):
             Study(SPACE, parallel=parallel)

@@ -94,7 +94,7 @@ class TestUnitInterval:
 
     def test_stepped_values_are_exact_decimals_and_equally_likely(self):
         setting = Float(0.1, 0.8, step=0.1)
-        assert setting.values() == [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8]
+        assert list(setting.values()) == [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8]
         assert Counter(setting.at(u) for u in units(800)) == dict.fromkeys(setting.values(), 100)
         # Low itself, whatever its digits, and steps that a product would miss.
         for low, high, step in (
@@ -188,7 +188,7 @@ BAD_SETTINGS = {
     "Float(0, 1, step=2)": "at most high - low, found 2.0",
     "Float(0, 1e308, step=1e-9)": "step is too small",
     "Float(0.1, 1, log=True, step=0.1)": "a log range takes no step",
-    "Float(0, 1, log='yes')": "log should be true or false",
+    "Float(0, 1, log='yes')": "log should be True or False",
     "Int(1.0, 3)": "low should be a whole number within 2**53, found 1.0",
     "Int(0, 2**60)": "high should be a whole number within 2**53",
     "Int(0, 4, step=1.5)": "step should be a whole number",
@@ -230,7 +230,7 @@ BAD_TREES = {
     "{x: {choice: [1, 2], step: 1}}": "a setting of kind choice has no key 'step'; known: when",
     "{x: {choice: adam}}": "space.x: choice should be a list of options, found 'adam'",
     "{x: {choice: [2020-01-01]}}": "options should be plain",
-    "{x: {float: [0, 1], log: null}}": "log should be true or false",
+    "{x: {float: [0, 1], log: null}}": "log should be True or False",
     "{x: {float: [0, 1], when: rule}}": "when should map settings to values, found 'rule'",
 }
 

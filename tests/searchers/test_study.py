@@ -131,7 +131,7 @@ def test_what_cannot_be_kept_fails_the_trial_alone():
         assert "keys must be str" in study.trials[0].error
         study.optimize(lambda trial: trial.report(-1, 0.0) or 1.0, 2)
         assert study.trials[1].error == (
-            "SearchError: trial.report: step should be a whole number of at least 0, found -1"
+            "SearchArgumentError: trial.report: step should be a whole number of at least 0, found -1"
         )
 
 
@@ -321,13 +321,13 @@ def test_bad_input():
             lambda d=direction: Study(SPACE, direction=d)
         )
     for seed in (-1, 0.5, None, True):
-        assert "seed: should be a whole number of at least 0" in refused(lambda s=seed: Study(SPACE, seed=s))
+        assert "seed should be a whole number of at least 0" in refused(lambda s=seed: Study(SPACE, seed=s))
     with Study(Space(n=Int(0, 3)), Grid()) as study:
         for workers in (0, -1, 2.5, "2", None):
             said = refused(lambda w=workers: study.optimize(lambda trial: 1.0, 1, w))
-            assert said.startswith("workers should be a whole number of at least 1")
-        assert "threads should be a whole number of at least 1, found 0" in refused(lambda: Processes(2, threads=0))
-        assert refused(lambda: study.optimize(3)) == "objective: should be a function of a trial, found 3"
+            assert "workers should be a whole number of at least 1" in said
+        assert "threads should be a whole number of at least 1 and at most" in refused(lambda: Processes(2, threads=0))
+        assert refused(lambda: study.optimize(3)) == "optimize: objective should be a function of a trial, found 3"
         assert study.trials == []
     assert repr(Shy()) == "Shy()"
     assert repr(Random()) == "Random()"

@@ -41,7 +41,7 @@ def short(name: str) -> str:
 def _numbers(setting: Any, most: int) -> list[Any]:
     if setting.step is not None:
         values = setting.values()
-        return values[:: math.ceil(len(values) / (most + 1))]
+        return list(values[:: math.ceil(len(values) / (most + 1))])
     if setting.log:
         found = _logarithmic(setting.low, setting.high, most)
     else:

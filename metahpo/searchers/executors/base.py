@@ -12,11 +12,11 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from metahpo.errors import MetaHPOError
+from metahpo.errors import MetaHPOError, one_line
 from metahpo.searchers.lock import FileLock
 from metahpo.searchers.outcome import Outcome
 from metahpo.searchers.records import plain
-from metahpo.searchers.trial import Job, Trial
+from metahpo.searchers.trial import Job, Trial, number
 from metahpo.training.checkpoint import write_atomically
 
 Objective = Callable[[Trial], Any]
@@ -43,13 +43,17 @@ class Result:
         outcome = given if isinstance(given, Outcome) else Outcome(given)
         scores = outcome.score if isinstance(outcome.score, (tuple, list)) else (outcome.score,)
         try:
-            numbers = tuple(map(_number, scores))
-        except (TypeError, ValueError, OverflowError):
+            numbers = tuple(map(number, scores))
+        except (TypeError, ValueError, OverflowError, RuntimeError):
             return cls(error=f"the objective gave {given!r:.200}, expected a number, a tuple of them, or an Outcome")
         if not numbers or not all(map(math.isfinite, numbers)):
             return cls(error=f"the score is {', '.join(map(str, numbers)) or 'empty'}")
         gradients = {name: float(value) for name, value in outcome.gradients.items() if math.isfinite(value)}
-        return cls(numbers, gradients=gradients, notes=plain(outcome.notes))
+        try:
+            notes = plain(outcome.notes)
+        except (TypeError, ValueError, RecursionError) as error:
+            return cls(error=f"the notes cannot be kept: {one_line(error)}")
+        return cls(numbers, gradients=gradients, notes=notes)
 
 
 @dataclass(frozen=True)
@@ -132,12 +136,6 @@ def read_result(path: Path) -> Result | None:
     tree["scores"] = tree["scores"] and tuple(tree["scores"])
     tree["reports"] = {int(step): score for step, score in tree["reports"].items()}
     return Result(**tree)
-
-
-def _number(score: Any) -> float:
-    if isinstance(score, str):
-        raise TypeError("text that reads as a number is a mistake all the same")
-    return float(score)
 
 
 def _told(error: BaseException) -> str:

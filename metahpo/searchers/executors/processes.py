@@ -15,19 +15,25 @@ from pathlib import Path
 
 import cloudpickle
 
-from metahpo.errors import SearchError, one_line
+from metahpo.checks import check_whole
+from metahpo.errors import SearchArgumentError, SearchError, one_line
 from metahpo.searchers.executors.base import Died, Event, Executor, Finished, Objective
 from metahpo.searchers.trial import Job
 
 # What sets the number of threads of the libraries that torch and NumPy compute with.
 THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
+# Libraries that are asked for many more end the process.
+MOST_THREADS = 1024
+
 
 def shares(workers: int, threads: int | None) -> tuple[int, int]:
     """The number of workers and of each one's threads, by default its share of the cores."""
-    for name, value in (("workers", workers), ("threads", 1 if threads is None else threads)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise SearchError(f"{name} should be a whole number of at least 1, found {value!r}")
+    workers = check_whole("executor", "workers", workers, at_least=1, error=SearchArgumentError)
+    if threads is not None:
+        threads = check_whole(
+            "executor", "threads", threads, at_least=1, at_most=MOST_THREADS, error=SearchArgumentError
+        )
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return workers, threads or max(1, cores // workers)
 

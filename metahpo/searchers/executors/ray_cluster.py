@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import os
 import socket
 import sys
@@ -16,7 +15,8 @@ from unittest.mock import patch
 
 import cloudpickle
 
-from metahpo.errors import MetaHPOError, SearchError, one_line
+from metahpo.checks import check_number, check_type
+from metahpo.errors import MetaHPOError, SearchArgumentError, SearchError, one_line
 from metahpo.searchers.executors.base import Died, Event, Executor, Finished, Objective, Reported, run_job
 from metahpo.searchers.executors.processes import packed, shares
 from metahpo.searchers.trial import Job
@@ -45,9 +45,10 @@ class Ray(Executor):
 
     def __init__(self, workers: int, threads: int | None = None, gpus: float = 0, address: str | None = None):
         self.workers, self.threads = shares(workers, threads)
-        if isinstance(gpus, bool) or not isinstance(gpus, (int, float)) or not 0 <= gpus < math.inf:
-            raise SearchError(f"gpus should be a number of at least 0, found {gpus!r}")
-        self.gpus, self.address = gpus, address
+        self.gpus = check_number(self, "gpus", gpus, at_least=0, error=SearchArgumentError)
+        if address is not None:
+            check_type(self, "address", address, str, "text, such as HOST:PORT or auto", error=SearchArgumentError)
+        self.address = address
         self._places: list[_Place] = []
         self._started = False
 
