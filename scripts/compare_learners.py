@@ -23,6 +23,7 @@ import torch
 
 from inner_loop.command import Parser
 from inner_loop.machine import machine
+from metahpo import cli
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs" / "glyphs_5way_1shot" / "learners"
 QUICK = ["training.epochs=1", "training.iterations=2", "training.val_tasks=2", "training.test_tasks=4"]
@@ -83,6 +84,10 @@ def train(folder: Path, name: str, seed: int, quick: bool) -> None:
     arguments += ["training.engine=threads", *(QUICK if quick else [])]
     if (folder / "checkpoints").exists():
         arguments = ["--resume", str(folder)]
+    if quick:  # A new interpreter takes longer to start than the training.
+        if code := cli.main(["train", *arguments]):
+            raise SystemExit(f"{name}, seed {seed}: exit status {code}")
+        return
     done = subprocess.run([sys.executable, "-m", "metahpo", "train", *arguments], capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(f"{name}, seed {seed}: {done.stderr[-2000:]}")

@@ -60,11 +60,10 @@ def test_ten_distilled_digits_beat_ten_real_ones(tmp_path, script):
     assert picture.stat().st_size > 0
 
 
-def test_every_strategy_is_measured_and_the_exact_ones_are_exact(tmp_path):
+def test_every_strategy_is_measured_and_the_exact_ones_are_exact(tmp_path, script):
     figures, picture = tmp_path / "figures.json", tmp_path / "horizon.png"
-    command = [sys.executable, SCRIPTS / "benchmark_hypergradients.py", "--quick", "--json", figures, "--plot", picture]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stdout + done.stderr
+    code, out, err = script("benchmark_hypergradients", "--quick", "--json", figures, "--plot", picture)
+    assert code == 0, out + err
     result = json.loads(figures.read_text())
     assert result["left_out"] == []
     keys = {"net", "strategy", "steps", "seconds", "cpu_seconds", "peak_bytes", "relative_error", "note"}
@@ -77,18 +76,15 @@ def test_every_strategy_is_measured_and_the_exact_ones_are_exact(tmp_path):
     assert 0 < errors["FiniteDifference()", 1] < 1e-4 < 0.1 < errors["FiniteDifference()", 10]
     assert errors["PES(8)", 10] is None
     assert picture.stat().st_size > 0
-    bad = subprocess.run([*command[:2], "--steps", "1,x"], capture_output=True, text=True, timeout=300)
-    assert bad.returncode == 2
-    assert "expected numbers of steps of at least 1, as 1,10,100, found '1,x'" in bad.stderr
-    assert bad.stderr.count("\n") == 1
+    code, _, err = script("benchmark_hypergradients", "--steps", "1,x")
+    assert (code, err.count("\n")) == (2, 1)
+    assert "expected numbers of steps of at least 1, as 1,10,100, found '1,x'" in err
 
 
-def test_gradient_search_is_raced_against_random_search(tmp_path):
+def test_gradient_search_is_raced_against_random_search(tmp_path, script):
     figures, picture = tmp_path / "figures.json", tmp_path / "race.png"
-    command = [sys.executable, SCRIPTS / "benchmark_gradient_search.py"]
-    flags = ["--quick", "--json", figures, "--plot", picture]
-    done = subprocess.run([*command, *flags], capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stdout + done.stderr
+    code, out, err = script("benchmark_gradient_search", "--quick", "--json", figures, "--plot", picture)
+    assert code == 0, out + err
     rows = json.loads(figures.read_text())["rows"]
     assert [(row["table"], row["searcher"]) for row in rows] == [
         (table, searcher) for table in ("one", "layers") for searcher in ("random", "gradient")
@@ -97,16 +93,15 @@ def test_gradient_search_is_raced_against_random_search(tmp_path):
         assert row["evaluations"] >= 1 and row["seconds"] > 0 and row["regret"] >= 0
         assert row["course"][-1][1] == row["val_loss"]
     assert picture.stat().st_size > 0
-    bad = subprocess.run([*command, "--seeds", "0"], capture_output=True, text=True, timeout=300)
-    assert (bad.returncode, bad.stderr.count("\n")) == (2, 1)
-    assert "--seeds and --seconds: expected at least 1 and above 0, found 0" in bad.stderr
+    code, _, err = script("benchmark_gradient_search", "--seeds", "0")
+    assert (code, err.count("\n")) == (2, 1)
+    assert "--seeds and --seconds: expected at least 1 and above 0, found 0" in err
 
 
-def test_the_proofs_of_tuning_run(tmp_path):
+def test_the_proofs_of_tuning_run(tmp_path, script):
     figures = tmp_path / "figures.json"
-    command = [sys.executable, SCRIPTS / "prove_tuning.py", "--quick", "--json", figures]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stdout + done.stderr
+    code, out, err = script("prove_tuning", "--quick", "--json", figures)
+    assert code == 0, out + err
     rows = json.loads(figures.read_text())["rows"]
     decays = [row["name"] for row in rows if row["what"] == "decay"]
     assert decays == ["single"] * 3 + ["by parameter", "best single, train + val"]
@@ -171,20 +166,19 @@ def test_a_wrong_gradient_is_told():
     assert measure.union([(0.0, 2.0), (1.0, 3.0), (1.5, 2.5), (5.0, 6.0)]) == 4.0
 
 
-def test_learners_are_compared_and_a_run_that_is_there_is_not_run_again(tmp_path):
+def test_learners_are_compared_and_a_run_that_is_there_is_not_run_again(tmp_path, script):
     figures, picture = tmp_path / "figures.json", tmp_path / "learners.png"
-    command = [sys.executable, SCRIPTS / "compare_learners.py"]
     flags = ["--quick", "--folder", tmp_path / "runs", "--json", figures, "--plot", picture]
-    found = []
+    results = []
     for _ in range(2):
-        done = subprocess.run([*command, *flags], capture_output=True, text=True, timeout=300)
-        assert done.returncode == 0, done.stdout + done.stderr
-        found.append(json.loads(figures.read_text())["rows"])
-    assert {row["learner"] for row in found[0]} == {"maml", "proto_net"}
-    assert all(0 <= row["accuracy"] <= 1 and row["megabytes"] > 0 for row in found[0])
-    assert [row["seconds"] for row in found[0]] == [row["seconds"] for row in found[1]]
+        code, out, err = script("compare_learners", *flags)
+        assert code == 0, out + err
+        results.append(json.loads(figures.read_text())["rows"])
+    first, second = results
+    assert {row["learner"] for row in first} == {"maml", "proto_net"}
+    assert all(0 <= row["accuracy"] <= 1 and row["megabytes"] > 0 for row in first)
+    assert [row["seconds"] for row in first] == [row["seconds"] for row in second]
     assert picture.stat().st_size > 0
-    bad = subprocess.run([*command, "--learner", "mamml"], capture_output=True, text=True, timeout=300)
-    assert bad.returncode == 2
-    assert bad.stderr.startswith("compare_learners.py: --learner: no 'mamml'; known: anil,")
-    assert bad.stderr.count("\n") == 1
+    code, _, err = script("compare_learners", "--learner", "mamml")
+    assert (code, err.count("\n")) == (2, 1)
+    assert "--learner: no 'mamml'; known: anil," in err
