@@ -23,7 +23,7 @@ QUICK = {
     "bohb": {"max_budget": 9},
 }
 # A Gaussian process takes its time.
-TRIALS = {"bayesian": 8, "gradient": 10}
+TRIALS = {"bayesian": 6, "gradient": 8}
 
 
 @pytest.fixture(autouse=True)
