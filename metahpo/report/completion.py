@@ -11,6 +11,7 @@ from torch import Tensor
 
 from metahpo.learners.base import MetaLearner
 from metahpo.learners.phase import Phase
+from metahpo.picture import Picture
 from metahpo.tasks.task import Task
 
 
@@ -57,7 +58,7 @@ def draw_completion(data: CompletionExample) -> Figure:
     for kind, image in data.completed.items():
         panels[f"{kind} adapting, query MSE {data.errors[kind]:.3g}"] = image
     panels["truth"] = data.truth
-    figure = Figure(figsize=(2.9 * len(panels), 3.2), dpi=100, layout="constrained")
+    figure = Picture(figsize=(2.9 * len(panels), 3.2), dpi=100, layout="constrained")
     low, high = np.nanmin(data.truth), np.nanmax(data.truth)
     for axis, (title, image) in zip(figure.subplots(1, len(panels)), panels.items()):
         axis.set_facecolor("tab:blue")

@@ -12,6 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
 
+from metahpo.picture import Picture
 from metahpo.training.metrics import best_epochs, judged_by
 
 STYLES: dict[str, dict[str, Any]] = {
@@ -80,7 +81,7 @@ def learning_curves(history: Sequence[Mapping[str, float]]) -> Curves:
 def draw_curves(curves: Curves) -> Figure:
     """The panels side by side."""
     widths = [2 if panel.name == "outer learning rate" else 3 for panel in curves.panels]
-    figure = Figure(figsize=(11.5, 4.4), dpi=100, layout="constrained")
+    figure = Picture(figsize=(11.5, 4.4), dpi=100, layout="constrained")
     axes = figure.subplots(1, len(curves.panels), width_ratios=widths, squeeze=False)[0]
     for axis, panel in zip(axes, curves.panels):
         _draw_panel(axis, panel, curves)

@@ -14,6 +14,7 @@ from torch import Tensor
 from metahpo.learners.base import MetaLearner
 from metahpo.learners.phase import Phase
 from metahpo.learners.policy_maml import PolicyMAML
+from metahpo.picture import Picture
 from metahpo.report.completion import CompletionExample, completion_example, draw_completion
 from metahpo.report.paths import PathsExample, draw_paths, paths_example
 from metahpo.rl import Navigation
@@ -167,7 +168,7 @@ def _numbers(values: Tensor) -> np.ndarray:
 
 
 def _draw_curves(data: CurveExample) -> Figure:
-    figure = Figure(figsize=(11, 5), dpi=100, layout="constrained")
+    figure = Picture(figsize=(11, 5), dpi=100, layout="constrained")
     axis = figure.subplots()
     styles = {"after": {"color": "tab:blue", "linewidth": 2}, "before": {"color": "0.5", "linestyle": "--"}}
     axis.scatter(data.query_x, data.query_y, s=14, color="0.2", alpha=0.7, linewidths=0, label="query points (true)")
@@ -196,7 +197,7 @@ class _Grid:
         self.support_step = self.side + self.line + self.gap
         self.query_step = self.support_step + len(data.predictions) * self.line
         height = 2 * self.head + rows[0] * self.support_step + rows[1] * self.query_step
-        self.figure = Figure(figsize=(self.width, height), dpi=100)
+        self.figure = Picture(figsize=(self.width, height), dpi=100)
         # One axis for all, in inches from the upper left: an axis for each picture takes ten times as long to draw.
         self.axis = self.figure.add_axes((0, 0, 1, 1), xlim=(0, self.width), ylim=(height, 0), autoscale_on=False)
         self.axis.axis("off")

@@ -16,11 +16,11 @@ from metahpo.errors import DataError
 from metahpo.learners.base import MetaLearner
 from metahpo.report.completion import CompletionExample
 from metahpo.report.curves import draw_curves, learning_curves
-from metahpo.report.example import CurveExample, ImageExample, draw_example, example
+from metahpo.report.example import CurveExample, Example, ImageExample, draw_example, example
 from metahpo.report.paths import PathsExample
+from metahpo.report.pictures import save_picture, write_page
 from metahpo.report.rates import Rates, draw_rates, inner_rates, rates_table
 from metahpo.tasks.task import Task
-from metahpo.training.checkpoint import write_atomically
 from metahpo.training.metrics import CsvLog, Row, best_epochs, judged_by
 
 EXPLANATION = (
@@ -47,34 +47,38 @@ def write_report(run_dir: str | Path, learner: MetaLearner, example_task: Task, 
     """Writes RUN_DIR/report/report.md with curves.png, rates.png and example.png beside it; returns the page's path.
 
     Reads metrics.csv and, where they are, test.json, config.yaml and versions.json. learner: the run's, with the
-    weights to show; example_task: one task. A picture that the learner or the task has nothing for is left out.
+    weights to show; example_task: one task. A picture that the learner or the task has nothing for is left
+    out; one that cannot be drawn becomes a sentence.
 
     Raises DataError, which names the file, if metrics.csv is missing, empty or damaged, or a JSON file is damaged.
     """
     run_dir = Path(run_dir)
     history = _history(run_dir / "metrics.csv")
     test, versions = read_json(run_dir / "test.json"), read_json(run_dir / "versions.json")
-    rates, shown = inner_rates(learner), example(learner, example_task)
-    folder = run_dir / "report"
+    rates, folder = inner_rates(learner), run_dir / "report"
     folder.mkdir(exist_ok=True)
-    save_picture(folder / "curves.png", draw_curves(learning_curves(history)))
-    heat_map = save_picture(folder / "rates.png", draw_rates(rates) if rates else None)
-    picture = save_picture(folder / "example.png", draw_example(shown) if shown else None)
+    curves = save_picture(folder / "curves.png", "learning curves", lambda: draw_curves(learning_curves(history)))
+    heat_map = save_picture(folder / "rates.png", "inner rates", lambda: draw_rates(rates) if rates else None)
+    shown: list[Example] = []
+
+    def draw() -> Figure | None:
+        shown.extend(found for found in [example(learner, example_task)] if found)
+        return draw_example(shown[0]) if shown else None
+
+    picture = save_picture(folder / "example.png", "example task", draw)
     parts = [
         f"# {title or f'Run {run_dir.resolve().name}'}",
         _results(history, test, learner, run_dir / "test.json"),
         _best(history),
-        "## Learning curves\n\n![learning curves](curves.png)\n\n"
+        f"## Learning curves\n\n{curves}\n\n"
         "Bands are 95% confidence intervals over the validation tasks."
         + ("" if judged_by(history[0]) == "return" else LOSS_CURVE),
         _rates(rates, heat_map) if rates else "",
-        f"## An example task\n\n{EXAMPLES[type(shown)]}\n\n![example task](example.png)" if picture else "",
+        "\n\n".join(["## An example task", *(EXAMPLES[type(each)] for each in shown), picture]) if picture else "",
         config_block(run_dir / "config.yaml"),
         versions_table(versions) if versions else "",
     ]
-    page = folder / "report.md"
-    write_atomically(page, ("\n\n".join(part for part in parts if part) + "\n").encode())
-    return page
+    return write_page(folder / "report.md", parts)
 
 
 # What the run directory holds.
@@ -106,15 +110,6 @@ def read_json(path: Path) -> dict[str, Any] | None:
     if not isinstance(content, dict):
         raise DataError(f"{path} is damaged: expected an object, found {type(content).__name__}")
     return content
-
-
-def save_picture(path: Path, figure: Figure | None) -> bool:
-    """Saves the picture, or removes that of an earlier report where there is none now."""
-    if figure is None:
-        path.unlink(missing_ok=True)
-    else:
-        figure.savefig(path)
-    return figure is not None
 
 
 # The parts of the page.
@@ -189,11 +184,11 @@ def duration(seconds: float) -> str:
     return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60} min"
 
 
-def _rates(rates: Rates, heat_map: bool) -> str:
+def _rates(rates: Rates, heat_map: str) -> str:
     what = (
         "Learnt by the outer loop; a negative rate climbs the support loss." if rates.learnt else "Fixed, not learnt."
     )
-    picture = "![inner rates](rates.png)\n\n" if heat_map else ""
+    picture = f"{heat_map}\n\n" if heat_map else ""
     return f"## Inner rates\n\n{what}\n\n{picture}{rates_table(rates)}"
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from metahpo.learners.phase import Phase
 from metahpo.learners.policy_maml import PolicyMAML
+from metahpo.picture import Picture
 from metahpo.rl import Rollout
 from metahpo.tasks.task import Task
 
@@ -54,7 +55,7 @@ def paths_example(learner: PolicyMAML, task: Task, goals: Tensor | None = None) 
 
 def draw_paths(data: PathsExample) -> Figure:
     """All paths before adapting, which are the same for every goal, and a few to each goal after it."""
-    figure = Figure(figsize=(11, 5.6), dpi=100, layout="constrained")
+    figure = Picture(figsize=(11, 5.6), dpi=100, layout="constrained")
     before, after = figure.subplots(1, 2, sharex=True, sharey=True)
     colours = [f"C{index % 10}" for index in range(len(data.goals))]
     for path in data.paths["before"][0]:

@@ -12,6 +12,7 @@ import torch
 from matplotlib.figure import Figure
 
 from metahpo.learners.base import MetaLearner
+from metahpo.picture import Picture
 
 MOST_PRINTED_STEPS = 20
 
@@ -64,7 +65,7 @@ def draw_rates(rates: Rates) -> Figure | None:
         return None
     count, steps = rates.values.shape
     reach = rates.largest() or 1.0
-    figure = Figure(figsize=(11, 1.3 + 0.34 * count), dpi=100, layout="constrained")
+    figure = Picture(figsize=(11, 1.3 + 0.34 * count), dpi=100, layout="constrained")
     axis = figure.subplots()
     image = axis.imshow(rates.values, cmap="RdBu", vmin=-reach, vmax=reach, aspect="auto")
     axis.set_yticks(range(count), rates.names, family="monospace", fontsize=9)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,8 @@ from matplotlib.figure import Figure
 
 from metahpo import yaml_text
 from metahpo.errors import DataError, one_line
-from metahpo.report.page import cell, config_block, duration, read_json, save_picture, versions_table
+from metahpo.report.page import cell, config_block, duration, read_json, versions_table
+from metahpo.report.pictures import save_picture, write_page
 from metahpo.report.search_figures import (
     Words,
     draw_front,
@@ -35,7 +36,6 @@ from metahpo.searchers.base import Proposal
 from metahpo.searchers.records import TrialRecord
 from metahpo.searchers.store import sqlite_path
 from metahpo.searchers.study import Study
-from metahpo.training.checkpoint import write_atomically
 
 BEST_TRIALS, MOST_FAILURES = 10, 20
 # Below each picture.
@@ -93,9 +93,7 @@ def write_search_report(run_dir: str | Path, study: Study | None = None) -> Path
             _dashboard(run_dir, config),
             versions_table(versions) if versions else "",
         ]
-    page = folder / "report.md"
-    write_atomically(page, ("\n\n".join(part for part in parts if part) + "\n").encode())
-    return page
+    return write_page(folder / "report.md", parts)
 
 
 # What the run directory holds.
@@ -141,26 +139,33 @@ def _words(study: Study, config: Mapping[str, Mapping[str, Any]]) -> Words:
 
 def _pictures(study: Study, words: Words, folder: Path) -> list[str]:
     """Draws those that there is something for; gives the page's sections."""
-    figures: dict[str, Figure | str | None] = dict.fromkeys(TITLES)
-    if any(r.state == "complete" for r in study.trials):
-        found = importance(study)
-        figures |= {
-            "history": draw_history(history(study), words),
-            "front": draw_front(front(study), words) if len(study.directions) > 1 else None,
-            "parallel": draw_parallel(parallel(study), words),
-            "slices": draw_slices(slices(study), words),
-            "importance": found if isinstance(found, str) else draw_importance(found, words),
-        }
+    draw: dict[str, Callable[[], Figure | None]] = dict.fromkeys(TITLES, lambda: None)
+    why_none = ""
     levels = rungs(study) if is_multi_fidelity(study.trials) else None
-    if levels:
-        figures["rungs"] = draw_rungs(levels, words) if any(len(c.steps) for c in levels.curves) else None
+
+    def draw_shares() -> Figure | None:
+        nonlocal why_none
+        found = importance(study)
+        why_none = found if isinstance(found, str) else ""
+        return None if isinstance(found, str) else draw_importance(found, words)
+
+    if any(r.state == "complete" for r in study.trials):
+        draw |= {
+            "history": lambda: draw_history(history(study), words),
+            "front": lambda: draw_front(front(study), words) if len(study.directions) > 1 else None,
+            "parallel": lambda: draw_parallel(parallel(study), words),
+            "slices": lambda: draw_slices(slices(study), words),
+            "importance": draw_shares,
+        }
+    if levels and any(len(curve.steps) for curve in levels.curves):
+        draw["rungs"] = lambda: draw_rungs(levels, words)
     sections = []
-    for name, figure in figures.items():
-        drawn = save_picture(folder / f"{name}.png", figure if isinstance(figure, Figure) else None)
+    for name, make in draw.items():
+        picture = save_picture(folder / f"{name}.png", TITLES[name].lower(), make)
         body = [
-            f"![{TITLES[name].lower()}]({name}.png)" if drawn else "",
+            picture,
             rungs_table(levels, words) if levels and name == "rungs" else "",
-            ABOUT[name] if drawn else figure if isinstance(figure, str) else "",
+            ABOUT[name] if picture.startswith("![") else why_none if name == "importance" else "",
         ]
         if any(body):
             sections.append("\n\n".join([f"## {TITLES[name]}", *(part for part in body if part)]))

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
 
-from metahpo.errors import DataError
+from metahpo.errors import DataError, one_line
+from metahpo.picture import Picture
 from metahpo.report.page import config_block, read_json, versions_table
-from metahpo.training.checkpoint import write_atomically
+from metahpo.report.pictures import save_picture, write_page
 from metahpo.training.metrics import CsvLog, Row
 
 
@@ -26,11 +27,7 @@ def write_tuning_report(run_dir: str | Path, result: Any, title: str) -> Path:
         raise DataError(f"{run_dir / 'metrics.csv'}: found no row; a report needs a run with at least one outer step")
     folder = run_dir / "report"
     folder.mkdir(exist_ok=True)
-    figures = result.pictures()
-    if not {"curves", "loss"} & set(figures):
-        figures["progress"] = draw_progress(history)
-    for name, figure in figures.items():
-        figure.savefig(folder / f"{name}.png")
+    pictures = _pictures(result, history, folder)
     test, found = read_json(run_dir / "test.json"), read_json(run_dir / "versions.json")
     warnings = list(getattr(result, "warnings", ()))
     parts = [
@@ -38,13 +35,26 @@ def write_tuning_report(run_dir: str | Path, result: Any, title: str) -> Path:
         _test_table(test) if test else "",
         "\n".join(["## Warnings", "", *(f"- {line}" for line in warnings)]) if warnings else "",
         f"## Found\n\n{result.table()}",
-        *(f"![{name.replace('_', ' ')}]({name}.png)" for name in figures),
+        *pictures,
         config_block(run_dir / "config.yaml"),
         versions_table(found) if found else "",
     ]
-    page = folder / "report.md"
-    write_atomically(page, ("\n\n".join(part for part in parts if part) + "\n").encode())
-    return page
+    return write_page(folder / "report.md", parts)
+
+
+def _pictures(result: Any, history: Sequence[Row], folder: Path) -> list[str]:
+    """Draws the result's own pictures, and the progress where none of them shows it."""
+    try:
+        draw: dict[str, Callable[[], Figure]] = {
+            name: lambda figure=figure: figure for name, figure in result.pictures().items()
+        }
+        sentences = []
+    except Exception as error:  # Of a result of one's own, too.
+        draw, sentences = {}, [f"The pictures could not be drawn: {type(error).__name__}: {one_line(error)}"]
+    if not {"curves", "loss"} & set(draw):
+        draw["progress"] = lambda: draw_progress(history)
+    pictures = [save_picture(folder / f"{name}.png", name.replace("_", " "), make) for name, make in draw.items()]
+    return sentences + pictures
 
 
 def draw_progress(history: Sequence[Row]) -> Figure:
@@ -54,7 +64,7 @@ def draw_progress(history: Sequence[Row]) -> Figure:
         for what in ("loss", "accuracy")
         if any(name.endswith(what) for name in history[0])
     }
-    figure = Figure(figsize=(5.5 * len(panels), 3.6), dpi=100, layout="constrained")
+    figure = Picture(figsize=(5.5 * len(panels), 3.6), dpi=100, layout="constrained")
     axes = figure.subplots(1, len(panels), squeeze=False)[0]
     for axis, (what, names) in zip(axes, panels.items()):
         for name in names:

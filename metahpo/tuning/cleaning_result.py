@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, Subset
 
 from metahpo.errors import DataError
+from metahpo.picture import Picture
 from metahpo.training.metrics import Row
 from metahpo.tuning.data import Labelled
 
@@ -85,7 +86,7 @@ class Cleaned:
         return {"weights": self.weights.cpu(), "suspected": self.suspected.cpu(), "threshold": self.threshold}
 
     def _draw_weights(self) -> Figure:
-        figure = Figure(figsize=(7, 3.5), dpi=100, layout="constrained")
+        figure = Picture(figsize=(7, 3.5), dpi=100, layout="constrained")
         axis = figure.subplots()
         axis.hist(self.weights.cpu().numpy(), bins=50, range=(0, 1))
         axis.axvline(self.threshold, color="tab:red", linestyle=":")
@@ -94,7 +95,7 @@ class Cleaned:
         return figure
 
     def _draw_curves(self) -> Figure:
-        figure = Figure(figsize=(7, 3.5), dpi=100, layout="constrained")
+        figure = Picture(figsize=(7, 3.5), dpi=100, layout="constrained")
         axis = figure.subplots()
         updates = [row["iteration"] for row in self.history]
         axis.plot(updates, [row["train_loss"] for row in self.history], color="0.35", label="training, weighted")
@@ -106,7 +107,7 @@ class Cleaned:
     def _draw_suspected(self) -> Figure:
         shown = self.suspected[:_SHOWN].tolist()
         rows = -(-len(shown) // 10)
-        figure = Figure(figsize=(10, 0.4 + 1.3 * rows), dpi=100, layout="constrained")
+        figure = Picture(figsize=(10, 0.4 + 1.3 * rows), dpi=100, layout="constrained")
         axes = list(figure.subplots(rows, 10, squeeze=False).flat)
         for axis in axes:
             axis.set_axis_off()

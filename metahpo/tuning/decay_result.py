@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from metahpo.errors import NetError
 from metahpo.functional.copies import trainable
 from metahpo.functional.trees import Params
+from metahpo.picture import Picture
 from metahpo.training.metrics import Row
 
 # The name of the one decay of by="all".
@@ -96,7 +97,7 @@ class Decay:
 
     def _draw_decays(self) -> Figure:
         rows = list(self._rows())
-        figure = Figure(figsize=(9, 1.2 + 0.45 * len(rows)), dpi=100, layout="constrained")
+        figure = Picture(figsize=(9, 1.2 + 0.45 * len(rows)), dpi=100, layout="constrained")
         axis = figure.subplots()
         values = [log / np.log(10) for _, _, log in rows]
         low, high = min(v.min() for v in values) - 0.5, max(v.max() for v in values) + 0.5
@@ -112,7 +113,7 @@ class Decay:
         return figure
 
     def _draw_curves(self) -> Figure:
-        figure = Figure(figsize=(9, 3.5), dpi=100, layout="constrained")
+        figure = Picture(figsize=(9, 3.5), dpi=100, layout="constrained")
         losses, decays = figure.subplots(1, 2)
         updates = [row["iteration"] for row in self.history]
         losses.plot(updates, [row["train_loss"] for row in self.history], color="0.35", label="train, without decay")

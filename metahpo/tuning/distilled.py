@@ -14,6 +14,7 @@ from torch.utils.data import TensorDataset
 
 from metahpo.functional.copies import copied
 from metahpo.functional.trees import Params
+from metahpo.picture import Picture
 from metahpo.training.metrics import Row
 from metahpo.tuning.image_training import IMAGES, LOG_RATES, ImageTraining
 
@@ -109,7 +110,7 @@ def _sheet(images: Tensor, labels: Tensor, cells: Sequence[tuple[int, int, int]]
     pixels = images.detach().float().cpu().permute(0, 2, 3, 1)
     coloured = pixels.shape[-1] == 3
     side = 1.5 if columns <= 5 else 1.0
-    figure = Figure(figsize=(side * columns + 1.2, (side + 0.28) * rows + 0.4), dpi=120, layout="constrained")
+    figure = Picture(figsize=(side * columns + 1.2, (side + 0.28) * rows + 0.4), dpi=120, layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False)
     for axis in axes.flat:
         axis.set_axis_off()
@@ -131,7 +132,7 @@ def draw_loss(history: Sequence[Row]) -> Figure:
     """The loss on real data by outer step, and the accuracy on validation data where it was measured."""
     steps = [row["iteration"] for row in history]
     measured = "val_accuracy" in history[0]
-    figure = Figure(figsize=(5.6 * (1 + measured), 3.8), dpi=110, layout="constrained")
+    figure = Picture(figsize=(5.6 * (1 + measured), 3.8), dpi=110, layout="constrained")
     axes = figure.subplots(1, 1 + measured, squeeze=False)[0]
     losses = [row["val_loss"] for row in history]
     marker = "." if len(steps) < 30 else None

@@ -16,6 +16,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from metahpo.errors import NetError
 from metahpo.functional.copies import trainable
+from metahpo.picture import Picture
 
 OPTIMIZERS = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
 
@@ -109,7 +110,7 @@ class Rates:
         varied = self.varied()
         rows, count = len(self.groups), len(varied)
         width = 2.2 + count * max(2.4, 0.75 * self.phases + 0.8)
-        figure = Figure(figsize=(width, 1.5 + 0.32 * rows), dpi=100, layout="constrained")
+        figure = Picture(figsize=(width, 1.5 + 0.32 * rows), dpi=100, layout="constrained")
         axes = figure.subplots(1, count, squeeze=False)[0]
         for axis, (name, table) in zip(axes, varied.items()):
             values = table.detach().cpu().double().numpy()

@@ -10,6 +10,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from metahpo.picture import Picture
 from metahpo.report.search_figures.looks import BEST, Words, counted
 from metahpo.searchers.study import Study
 
@@ -43,7 +44,7 @@ def draw_front(data: Front, words: Words) -> Figure:
     columns = min(3, len(pairs))
     rows = math.ceil(len(pairs) / columns)
     size = (7.5, 5.0) if len(pairs) == 1 else (4.4 * columns, 0.7 + 3.8 * rows)
-    figure = Figure(figsize=size, dpi=100, layout="constrained")
+    figure = Picture(figsize=size, dpi=100, layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False).ravel()
     for axis, (x, y) in zip(axes, pairs):
         _draw_pair(axis, data, words, x, y, alone=len(pairs) == 1)

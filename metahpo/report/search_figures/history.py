@@ -8,6 +8,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from metahpo.picture import Picture
 from metahpo.report.search_figures.looks import (
     BEST,
     Scale,
@@ -70,7 +71,7 @@ def history(study: Study) -> SearchHistory:
 
 def draw_history(data: SearchHistory, words: Words) -> Figure:
     """Scores as points, failed trials as crosses at the bottom, the best so far as a line."""
-    figure = Figure(figsize=(10, 4.6), dpi=100, layout="constrained")
+    figure = Picture(figsize=(10, 4.6), dpi=100, layout="constrained")
     axis = figure.subplots()
     scale = Scale.of(data.scores, words.higher())
     scale.prepare(axis, room_below=len(data.failed_x) > 0)

@@ -14,6 +14,7 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution, Floa
 from optuna.importance import FanovaImportanceEvaluator, get_param_importances
 from scipy.stats import rankdata
 
+from metahpo.picture import Picture
 from metahpo.report.search_figures.looks import Words, budget_of, is_multi_fidelity, rung_colours
 from metahpo.report.search_figures.ticks import short
 from metahpo.searchers.records import TrialRecord
@@ -77,7 +78,7 @@ def importance(study: Study) -> Importance | str:
 def draw_importance(data: Importance, words: Words) -> Figure:
     """A bar a setting with its interval."""
     count = len(data.names)
-    figure = Figure(figsize=(9, 1.5 + 0.36 * count), dpi=100, layout="constrained")
+    figure = Picture(figsize=(9, 1.5 + 0.36 * count), dpi=100, layout="constrained")
     axis = figure.subplots()
     places = np.arange(count)[::-1]
     axis.barh(places, data.shares, 0.62, color=rung_colours(1)[0])

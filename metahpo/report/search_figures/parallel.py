@@ -10,6 +10,7 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
 
+from metahpo.picture import Picture
 from metahpo.report.search_figures.looks import BEST, Scale, Words, counted, score_colours
 from metahpo.report.search_figures.ticks import short, ticks
 from metahpo.searchers.space import Space
@@ -52,7 +53,7 @@ def parallel(study: Study) -> Parallel:
 def draw_parallel(data: Parallel, words: Words) -> Figure:
     """An axis a setting, the last one the score, which is the colour bar too."""
     names, count = [short(name) for name in data.space], len(data.space)
-    figure = Figure(figsize=(min(max(8.0, 2.5 + 1.2 * count), 40.0), 5.6), dpi=100, layout="constrained")
+    figure = Picture(figsize=(min(max(8.0, 2.5 + 1.2 * count), 40.0), 5.6), dpi=100, layout="constrained")
     axis = figure.subplots()
     scale, colours = Scale.of(data.scores, words.higher()), score_colours(words.higher())
     norm = scale.norm()

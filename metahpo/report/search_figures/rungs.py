@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from matplotlib.figure import Figure
 
+from metahpo.picture import Picture
 from metahpo.report.search_figures.looks import (
     BEST,
     Scale,
@@ -105,7 +106,7 @@ def rungs_table(data: Rungs, words: Words) -> str:
 
 def draw_rungs(data: Rungs, words: Words) -> Figure:
     """The curves, those that came further darker and over the others."""
-    figure = Figure(figsize=(10, 4.8), dpi=100, layout="constrained")
+    figure = Picture(figsize=(10, 4.8), dpi=100, layout="constrained")
     axis = figure.subplots()
     scale = Scale.of((score for curve in data.curves for score in curve.scores), words.higher())
     scale.prepare(axis)

@@ -9,6 +9,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from metahpo.picture import Picture
 from metahpo.report.search_figures.looks import (
     BEST,
     FAILED,
@@ -86,7 +87,7 @@ def draw_slices(data: Slices, words: Words) -> Figure:
     count = len(data.panels)
     columns = min(COLUMNS, count)
     rows = math.ceil(count / columns)
-    figure = Figure(figsize=(max(5.0, 3.1 * columns), 0.7 + 2.8 * rows), dpi=100, layout="constrained")
+    figure = Picture(figsize=(max(5.0, 3.1 * columns), 0.7 + 2.8 * rows), dpi=100, layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False, sharey=True).ravel()
     scale = Scale.of((score for panel in data.panels for score in panel.scores), words.higher())
     colours, any_failed = rung_colours(len(data.budgets) or 1), any(len(panel.failed) for panel in data.panels)

@@ -1,0 +1,80 @@
+"""Figures that show any text as it is."""
+
+from __future__ import annotations
+
+import warnings
+from functools import partial
+from io import BytesIO
+from typing import Any
+
+from matplotlib.axis import Axis
+from matplotlib.figure import Figure
+from matplotlib.text import Text
+from matplotlib.ticker import FixedFormatter, FuncFormatter
+
+LONGEST_TICK, LONGEST_LABEL, LONGEST_TEXT = 60, 80, 120
+
+
+class Picture(Figure):
+    """A figure in which a name is never read as a formula, and never so long that nothing else fits.
+
+    matplotlib takes what is between two dollar signs for mathematics. Its own labels of logarithmic
+    axes are, and stay so.
+    """
+
+    def draw(self, renderer: Any) -> None:
+        for axis in self.findobj(Axis):
+            _write_out(axis)
+        labels, ticks = {axis.label for axis in self.findobj(Axis)}, self._ticks()
+        for text in self.findobj(Text):
+            if text not in ticks:
+                _write_plainly(text, LONGEST_LABEL if text in labels else LONGEST_TEXT)
+        with warnings.catch_warnings():
+            # A font has not every script; the page beside the picture does.
+            warnings.filterwarnings("ignore", "Glyph .* missing from", UserWarning)
+            super().draw(renderer)
+
+    def _ticks(self) -> set[Text]:
+        """The labels of all ticks."""
+        return {
+            label
+            for axis in self.findobj(Axis)
+            for tick in (*axis.get_major_ticks(), *axis.get_minor_ticks())
+            for label in (tick.label1, tick.label2)
+        }
+
+
+def png(figure: Figure) -> bytes:
+    """The content of a PNG file of the figure."""
+    file = BytesIO()
+    figure.savefig(file, format="png")
+    return file.getvalue()
+
+
+def _write_out(axis: Axis) -> None:
+    """Ticks whose labels were set as texts show these."""
+    formatter = axis.get_major_formatter()
+    if not isinstance(formatter, (FixedFormatter, FuncFormatter)):
+        return
+    function = getattr(formatter, "func", None)
+    if isinstance(function, partial) and function.args and isinstance(function.args[0], dict):
+        # Where matplotlib keeps the labels that ``set_xticks`` was given.
+        labels = function.args[0]
+        labels.update({place: _cut(str(label), LONGEST_TICK) for place, label in labels.items()})
+    for tick in axis.get_major_ticks():
+        for label in (tick.label1, tick.label2):
+            label.set_parse_math(False)
+            label.set_usetex(False)
+
+
+def _write_plainly(text: Text, most: int) -> None:
+    text.set_parse_math(False)
+    text.set_usetex(False)
+    lines = text.get_text().split("\n")
+    text.set_text("\n".join(_cut(line, most) for line in lines))
+
+
+def _cut(text: str, most: int) -> str:
+    """The text without its middle where it is longer than ``most``, and without lone surrogates."""
+    text = text.encode("utf-8", "replace").decode()
+    return text if len(text) <= most else f"{text[: most // 2]}…{text[-most // 2 + 1 :]}"
