@@ -24,8 +24,9 @@ Overrides change any key of the config:
   metahpo tune {kind} configs/digits/{kind}.yaml tune.iterations=20 net=my_module:build
 
 The run directory (default: runs/CONFIG/DATE-TIME) holds config.yaml, versions.json, metrics.csv, checkpoints/,
-result.pt (read by torch.load(file, weights_only=True)), test.json and report/report.md. Ctrl-C or SIGTERM ends the
-current step, saves, and exits with 130 or 143; --resume goes on from there, or after a crash."""
+result.pt (read by torch.load(file, weights_only=True)), test.json and report/report.md; clean adds
+suspects.csv. Ctrl-C or SIGTERM ends the current step, saves, and exits with 130 or 143; --resume
+goes on from there, or after a crash."""
 
 
 def add_tune(commands: Any, positive: Callable[[str], int]) -> None:
@@ -104,6 +105,9 @@ def _finish(run_dir: Path, tuner: Any, result: Any, data: Any) -> None:
     buffer = io.BytesIO()
     torch.save(result.tensors(), buffer)
     write_atomically(run_dir / "result.pt", buffer.getvalue())
+    if hasattr(result, "suspects"):
+        result.suspects.to_csv(run_dir / "suspects.csv")
+        print(f"{result.verdict}; suspects.csv lists {len(result.suspects)}")
     rows = tuner.compare(data["test"].x, data["test"].y)
     if "clean" in data and hasattr(result, "against"):
         rows["suspected, against the labels made wrong"] = result.against(data["train"].y != data["clean"].y)

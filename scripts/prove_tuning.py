@@ -2,7 +2,8 @@
 
 decay:   one decay a parameter of a net of over a million, beside the best single decay of a grid of 10
 overfit: 50 validation digits fitted to 100% by the decays alone, one a parameter
-clean:   half of the training labels wrong: which are found, and what training without them is worth
+clean:   0 to 50% of the training labels wrong: which are found, and what training without them is worth, beside
+         other rules; also on two other data sets and with mistakes of one kind
 """
 
 from __future__ import annotations
@@ -15,7 +16,6 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -26,14 +26,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from inner_loop.machine import machine
 from metahpo.nets import MLP
 from metahpo.training.environment import seeded
-from metahpo.tuning.base import test
-from metahpo.tuning.cleaning import CleaningTuner
-from metahpo.tuning.data import Labelled, Loader, load_digits, with_wrong_labels
+from metahpo.tuning.data import Labelled, Loader, load_digits
 from metahpo.tuning.decay import DecayTuner
-from metahpo.tuning.settings import CleaningSettings, DecaySettings
+from metahpo.tuning.settings import DecaySettings
+from tunings.cleaning import prove_clean, tell_clean
+from tunings.figures import Row, score, spread
 
 DIGITS = 1797
-Row = dict[str, Any]
 
 
 def prove_decay(quick: bool, seeds: int) -> list[Row]:
@@ -132,47 +131,6 @@ def tell_overfit(rows: list[Row]) -> None:
         own = [row for row in rows if row["name"] == name]
         cells = [spread([row[f"{part}_accuracy"] for row in own]) for part in ("train", "val", "test")]
         print(f"| {name} | {' | '.join(cells)} |")
-
-
-def prove_clean(quick: bool, seeds: int) -> list[Row]:
-    rows: list[Row] = []
-    for seed in range(seeds):
-        data = load_digits((600, 600, 597), seed)
-        given = with_wrong_labels(data["train"], 0.5, seed)
-        wrong = given.y != data["train"].y
-        tuner = CleaningTuner(given, data["val"], None, CleaningSettings(seed=seed, iterations=8 if quick else 50))
-        started = time.perf_counter()
-        found = tuner.run()
-        seconds, low = time.perf_counter() - started, torch.zeros_like(wrong)
-        low[found.suspected] = True  # type: ignore[attr-defined]
-        row = {**found.against(wrong), "seconds": seconds}  # type: ignore[attr-defined]
-        parts = {
-            "kept": given.select(~low),
-            "clean ones": given.select(~wrong),
-            "all": given,
-            "trusted alone": given.select(torch.zeros_like(wrong)),
-        }
-        scores = {name: score(tuner.trained(part), data["test"])["accuracy"] for name, part in parts.items()}
-        rows.append({"what": "clean", "seed": seed, **row, **scores})
-    return rows
-
-
-def tell_clean(rows: list[Row]) -> None:
-    figures = ["f1", "precision", "recall", "kept", "clean ones", "all", "trusted alone", "seconds"]
-    print("| figure | mean and deviation |\n| --- | --- |")
-    for name in figures:
-        what = name if name in ("f1", "precision", "recall", "seconds") else f"test accuracy, {name}"
-        print(f"| {what} | {spread([row[name] for row in rows])} |")
-
-
-def score(net: nn.Module, data: Labelled) -> Row:
-    return test(net, F.cross_entropy, data.x, data.y)
-
-
-def spread(values: list[float]) -> str:
-    """Mean and deviation."""
-    deviation = f" +- {statistics.stdev(values):.4f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.4f}{deviation}"
 
 
 def keep_memory() -> bool:

@@ -46,6 +46,9 @@ def test_a_stopped_run_goes_on_to_the_same_end(kind, tmp_path, capsys):
         rows = json.loads((folder / "test.json").read_text())["rows"]
         assert len(rows) >= 2
         assert all(0 <= row["f1" if "suspected" in name else "accuracy"] <= 1 for name, row in rows.items())
+        if kind == "clean":
+            header = (folder / "suspects.csv").read_text().splitlines()[0]
+            assert header == "index,label,weight,suggested_label"
         page = (folder / "report" / "report.md").read_text()
         assert "## Found" in page
         assert "## Config" in page

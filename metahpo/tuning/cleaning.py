@@ -24,11 +24,12 @@ from metahpo.tuning.cleaning_result import Cleaned
 from metahpo.tuning.data import Labelled, labelled
 from metahpo.tuning.initial import reinitialised
 from metahpo.tuning.network import check_fits, device_for, with_weights
+from metahpo.tuning.second_look import SecondLook, second_look
 from metahpo.tuning.settings import CleaningSettings
 
 LOGITS = "logits"
 # Keep the streams of random numbers apart.
-_BATCHES, _START = 0, 1
+_BATCHES, _START, _LOOK = 0, 1, 2
 
 
 def clean(
@@ -45,6 +46,11 @@ def clean(
     Every example has a weight sigmoid(a); a net is trained for a few steps on the cross-entropy, weighted and divided
     by the mean weight, and Adam moves the a against the gradient of its cross-entropy on the trusted examples, taken
     through all these steps; this is repeated with other initial weights of the net.
+
+    These weights say what helps the trusted examples, which is not whether a label is right: where few are wrong, half
+    of the right ones get a low weight too. So nets that are trained with them, and that have not seen the label, look
+    again (``second_look``), and what they say decides. All examples are kept where leaving the suspected ones out gains
+    nothing on trusted examples that the nets have not seen.
 
     dataset, trusted: classified examples, as a ``Dataset``, a ``DataLoader`` that does not shuffle, or a pair of
     tensors (``labelled``); trusted ones are right, and should hold every class, some tens of times. net: gives logits;
@@ -98,6 +104,7 @@ class CleaningTuner(Tuner):
         # An example that no gradient reaches stays at weight 1/2, which the default threshold does not suspect.
         self.logits = torch.zeros(len(self.data.x), dtype=_dtype(net), device=self.device)
         self.optimizer = torch.optim.Adam([self.logits], settings.weight_lr)
+        self._looked: tuple[Tensor, SecondLook] | None = None
         self.problem = InnerProblem(self._weighted_loss)
         self.rule = SGD(settings.lr, momentum=settings.momentum).to(self.device)
 
@@ -109,8 +116,8 @@ class CleaningTuner(Tuner):
         self.warnings.update(dict.fromkeys(found.warnings))
         self.logits.grad = found.grads[LOGITS]
         self.optimizer.step()
-        below = (torch.sigmoid(self.logits) < s.threshold).double().mean()
-        return {"val_loss": float(found.value), "train_loss": float(found.losses[-1]), "suspected": float(below)}
+        low = (torch.sigmoid(self.logits) < s.threshold).double().mean()
+        return {"val_loss": float(found.value), "train_loss": float(found.losses[-1]), "low_weight": float(low)}
 
     def _start(self) -> Params:
         if not self.settings.fresh:
@@ -138,8 +145,32 @@ class CleaningTuner(Tuner):
         return F.cross_entropy(out, self.trusted.y)
 
     def result(self) -> Cleaned:
-        weights = torch.sigmoid(self.logits).detach().clone()
-        return Cleaned(weights, self.settings.threshold, self.data, tuple(self.history), tuple(self.warnings))
+        weights, look = torch.sigmoid(self.logits), self._second_look()
+        return Cleaned(
+            look.right.to(weights),
+            self.settings.threshold,
+            self.data,
+            tuple(self.history),
+            tuple(self.warnings),
+            gradient_weights=weights,
+            suggested=look.suggested,
+            gain=look.gain,
+            error=look.error,
+        )
+
+    def _second_look(self) -> SecondLook:
+        """What the nets say of the labels by the weights as they are."""
+        if self._looked is None or not torch.equal(self._looked[0], self.logits):
+            weights = torch.sigmoid(self.logits).double()
+            threshold = self.settings.threshold
+
+            def train(data: Labelled, weights: Tensor, number: int) -> Callable[[Tensor], Tensor]:
+                net = self._trained(data, weights, (self.settings.seed, _LOOK, number))
+                return torch.no_grad()(net)
+
+            look = second_look(self.data, self.trusted, weights, threshold, train)
+            self._looked = self.logits.clone(), look
+        return self._looked[1]
 
     def compare(self, x: Tensor, y: Tensor) -> dict[str, Row]:
         """ "kept": trained on the examples that are not suspected; "all": on all of them; both with the trusted ones
@@ -152,19 +183,29 @@ class CleaningTuner(Tuner):
 
     def trained(self, data: Labelled) -> nn.Module:
         """The net after an ordinary training on these examples and the trusted ones, as ``compare`` makes it."""
-        s = self.settings
         data = Labelled(torch.cat([data.x, self.trusted.x]), torch.cat([data.y, self.trusted.y]))
+        return self._trained(data, None, (self.settings.seed, _BATCHES))
+
+    def _trained(self, data: Labelled, weights: Tensor | None, seed: tuple[int, ...]) -> nn.Module:
+        """The net after an ordinary training on the weighted examples; seed: of its batches."""
+        s = self.settings
+        if weights is not None:
+            weights = (weights / weights.mean()).to(self.logits)
         net = reinitialised(self.net, s.seed, _START) if s.fresh else self.net
         module = FunctionalModule(net).to(self.device)
         params = {name: p.detach().clone().requires_grad_() for name, p in module.params().items()}
         buffers = {name: b.clone() for name, b in module.buffers_by_name().items()}
         optimizer = torch.optim.SGD(params.values(), s.lr, s.momentum)
-        with seeded(s.seed, _BATCHES, device=self.device):
+        with seeded(*seed, device=self.device):
             for _ in range(5 * s.steps):
                 which = torch.randperm(len(data.x))[: s.batch].to(self.device)
                 out, buffers = module.apply_with(params, buffers, data.x[which])
                 optimizer.zero_grad()
-                F.cross_entropy(out, data.y[which]).backward()
+                if weights is None:
+                    F.cross_entropy(out, data.y[which]).backward()
+                else:
+                    losses = F.cross_entropy(out, data.y[which], reduction="none")
+                    (weights[which] * losses).mean().backward()
                 optimizer.step()
         return with_weights(net, params, buffers).to(self.device)
 

@@ -46,5 +46,10 @@ class CleaningSettings(Settings):
     momentum: float = Field(default=0.9, ge=0, lt=1, description="of the training")
     weight_lr: float = Field(default=0.1, gt=0, description="rate of Adam on the weights' logits")
     fresh: bool = Field(default=True, description="new initial weights of the net at each update; false: its own")
-    threshold: float = Field(default=0.5, gt=0, lt=1, description="an example of less weight is suspected")
+    threshold: float = Field(
+        default=0.5,
+        gt=0,
+        lt=1,
+        description="an example whose label is right with less probability is suspected",
+    )
     seed: int = Field(default=0, ge=0)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import csv
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -75,6 +78,39 @@ def test_finds_the_wrong_labels(batch):
         found.subset(TensorDataset(*blobs(30, 0)))
 
 
+def test_keeps_all_where_no_label_is_wrong():
+    found = tuner(blobs(90, 0), iterations=15, steps=10, lr=0.1).run()
+    # What the gradient alone would have left out.
+    assert int((found.gradient_weights < 0.5).sum()) > 30
+    assert len(found.suspected) <= 2
+    assert len(found.suspects) == len(found.suspected) == 90 - len(found.kept)
+    kept = replace(found, weights=found.weights.clamp(max=0.4), gain=0.1, error=0.2)
+    assert kept.keep_all
+    assert (len(kept.suspected), len(kept.kept)) == (0, 90)
+    assert "Keep all 90 examples: to leave out the 90 likeliest wrong ones" in kept.table()
+    assert kept.against(torch.ones(90, dtype=torch.bool))["recall"] == 0
+    assert not replace(kept, gain=0.3).keep_all
+
+
+def test_the_suspects_as_a_table_of_the_users_own(tmp_path):
+    right = blobs(90, 0)
+    given = with_wrong_labels(right, 0.2, 0)
+    found = tuner(given, iterations=15, steps=10, lr=0.1).run()
+    path = tmp_path / "suspects.csv"
+    found.suspects.to_csv(path)
+    with open(path, newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert list(rows[0]) == ["index", "label", "weight", "suggested_label"]
+    indices = [int(row["index"]) for row in rows]
+    assert indices == found.suspected.tolist()
+    assert [int(row["label"]) for row in rows] == given.y[indices].tolist()
+    assert [float(row["weight"]) for row in rows] == found.weights[indices].tolist()
+    suggested = torch.tensor([int(row["suggested_label"]) for row in rows])
+    assert (suggested == right.y[indices]).double().mean() > 0.8
+    with pytest.raises(DataError, match=r"no/such/folder\.csv: cannot be written: No such file"):
+        found.suspects.to_csv(tmp_path / "no" / "such" / "folder.csv")
+
+
 def test_goes_on_from_its_state_bit_for_bit():
     net = nn.Sequential(nn.Linear(2, 6), nn.BatchNorm1d(6), nn.Dropout(0.2), nn.Linear(6, 3)).double()
     given = with_wrong_labels(blobs(30, 0), 0.4, 0)
@@ -90,12 +126,18 @@ def test_goes_on_from_its_state_bit_for_bit():
 
 
 def test_images_are_shown():
-    x, y = torch.rand(24, 1, 4, 4), torch.arange(24) % 2
-    found = clean((x, y), (torch.rand(8, 1, 4, 4), torch.arange(8) % 2), iterations=3, steps=2)
+    def bright_or_dark(count):
+        y = torch.arange(count) % 2
+        return torch.rand(count, 1, 4, 4) + 2 * y[:, None, None, None], y
+
+    (x, y), trusted = bright_or_dark(24), bright_or_dark(8)
+    found = clean((x, torch.where(torch.arange(24) < 4, 1 - y, y)), trusted, iterations=3, steps=10)
     pictures = found.pictures()
     assert set(pictures) == {"weights", "curves", "suspected"}
     assert sum(len(axis.images) for axis in pictures["suspected"].axes) == min(len(found.suspected), 40)
-    assert set(found.tensors()) == {"weights", "suspected", "threshold"}
+    assert found.suspected.sort().values.tolist() == [0, 1, 2, 3]
+    values = {"weights", "suspected", "threshold", "gradient_weights", "suggested", "gain", "error"}
+    assert set(found.tensors()) == values
 
 
 def test_refuses_bad_input_in_one_line():
