@@ -36,14 +36,11 @@ class Suspects(list[Suspect]):
     """The suspected examples, the least weight first."""
 
     def to_csv(self, path: str | Path) -> None:
-        """Writes a row an example: index, label, weight, suggested_label. Raises DataError, which names the file."""
+        """Writes a row an example: index, label, weight, suggested_label."""
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
         writer.writerows([Suspect._fields, *self])
-        try:
-            write_atomically(Path(path), text.getvalue().encode())
-        except OSError as error:
-            raise DataError(f"{path}: cannot be written: {error.strerror}") from None
+        write_atomically(Path(path), text.getvalue().encode())
 
 
 @dataclass(frozen=True)
