@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from metahpo.errors import HypergradientError
-from metahpo.functional.trees import Params, map_tree
+from metahpo.functional.trees import Params
 from metahpo.hypergrad.base import (
     Hypergradient,
     InnerState,
@@ -21,7 +21,7 @@ from metahpo.hypergrad.base import (
     leaves,
     outer_value,
 )
-from metahpo.inner.gradient import FirstOrder, InnerLoss
+from metahpo.inner.gradient import FirstOrder, Grads, InnerLoss
 from metahpo.inner.problem import InnerProblem, split
 from metahpo.inner.randomness import Draws
 from metahpo.inner.rules.base import UpdateRule
@@ -128,12 +128,12 @@ class _Held:
 
     def __call__(
         self, loss: InnerLoss, params: Params, carry: Any, batch: Any, step: int
-    ) -> tuple[Params, Tensor, Any]:
+    ) -> tuple[Grads, Tensor, Any]:
         self.draws = Draws(params.values())
         with self.draws.recording():
             grads, value, carry = FirstOrder()(loss, params, carry, batch, step)
-        self.grads = map_tree(lambda g: g.requires_grad_(), grads)
-        return self.grads, value, carry
+        self.grads = {name: g.requires_grad_() for name, g in grads.items() if g is not None}
+        return grads, value, carry
 
 
 def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:

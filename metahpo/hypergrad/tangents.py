@@ -67,7 +67,8 @@ class Step:
         self.draws = Draws(params.values())
         self.gradient = None
         if not getattr(rule, "needs_loss", False):
-            self.gradient = _Gradient(problem, params, split(hparams)[0], batch)
+            skips_unused = getattr(rule, "skips_unused", False)
+            self.gradient = _Gradient(problem, params, split(hparams)[0], batch, skips_unused)
             self.primals += self.gradient.grads
         with self.draws.recording():
             moved, self.state, self.loss = self._move(*self.primals)
@@ -93,7 +94,8 @@ class Step:
             end = self.problem.fit(self.rule, params, hparams, [self.batch], state=state, step=self.step)
             params, state, loss = end.params, end.state, end.losses[0]
         else:
-            arguments = (params, dict(zip(self.names, left)), state, self.step)
+            grads = {**dict.fromkeys(self.names), **dict(zip(self.gradient.used, left))}
+            arguments = (params, grads, state, self.step)
             (params, state), loss = call_with(self.rule, split(hparams)[1], arguments), self.gradient.value
         return [params[name] for name in self.names], state, loss
 
@@ -101,20 +103,26 @@ class Step:
 class _Gradient:
     """The inner gradient at one place, with the graph for its derivatives."""
 
-    def __init__(self, problem: InnerProblem, params: Params, hparams: Params, batch: Any):
+    def __init__(self, problem: InnerProblem, params: Params, hparams: Params, batch: Any, skips_unused: bool):
         with torch.enable_grad():
             self.params, given = ([t.detach().requires_grad_() for t in ts.values()] for ts in (params, hparams))
             value = problem.loss(dict(zip(params, self.params)), dict(zip(hparams, given)), batch)
-            found = torch.autograd.grad(value, [*self.params, *given], create_graph=True, materialize_grads=True)
+            found = torch.autograd.grad(value, [*self.params, *given], create_graph=True, allow_unused=True)
         self.value = value.detach()
         self.firsts = found
-        self.grads = [g.detach() for g in found[: len(self.params)]]
+        # Of the params that the loss uses, or of all where the rule takes zeros for the others.
+        self.used = [name for name, g in zip(params, found) if g is not None or not skips_unused]
+        self._places = [i for i, name in enumerate(params) if name in self.used]
+        self.grads = [
+            torch.zeros_like(self.params[i]) if found[i] is None else found[i].detach() for i in self._places
+        ]
 
     def along(self, params: Sequence[Tensor], hparams: Params) -> list[Tensor]:
-        """The gradient's derivatives along each of the directions, [count, *shape]."""
-        pairs = [(g, t) for g, t in zip(self.firsts, [*params, *hparams.values()]) if g.requires_grad]
+        """The derivatives of ``grads`` along each of the directions, [count, *shape]."""
+        directed = zip(self.firsts, [*params, *hparams.values()])
+        pairs = [(g, t) for g, t in directed if g is not None and g.requires_grad]
         if not pairs:
-            return list(map(torch.zeros_like, params))
+            return [torch.zeros_like(params[i]) for i in self._places]
         firsts, directions = zip(*pairs)
         one = len(directions[0]) == 1  # Without vmap, which costs more than it is worth and which some layers have not.
         with _refusals("the gradient of a layer", "Forward(chunk=1)"):
@@ -128,7 +136,7 @@ class _Gradient:
             )
         if one:
             found = [s if s is None else s[None] for s in found]
-        return [torch.zeros_like(t) if s is None else s for t, s in zip(params, found)]
+        return [torch.zeros_like(params[i]) if found[i] is None else found[i] for i in self._places]
 
 
 def _slopes(function: Callable[..., Any], primals: Sequence[Tensor], tangents: Sequence[Tensor]) -> list[Tensor]:

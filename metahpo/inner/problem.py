@@ -91,6 +91,7 @@ class _Given(UpdateRule):
         # Not as a submodule, whose own parameters would be handed around too.
         self._rule = [rule]
         self.needs_loss = getattr(rule, "needs_loss", False)
+        self.skips_unused = getattr(rule, "skips_unused", False)
 
     def forward(self, params: Params, grads: Params, state: RuleState, step: int, *loss: Any) -> tuple[Params, Any]:
         inner, own = state

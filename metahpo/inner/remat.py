@@ -96,7 +96,8 @@ def recomputed_steps(
         def with_rates(*arguments):
             return update(arguments, rates)
 
-        with_rates.needs_loss = getattr(rule, "needs_loss", False)  # type: ignore[attr-defined]
+        for flag in ("needs_loss", "skips_unused"):
+            setattr(with_rates, flag, getattr(rule, flag, False))
         return take_steps(loss, with_rates, gradient, start, batches, first, keep)
 
     rates = dict(rule.named_parameters()) if isinstance(rule, nn.Module) else {}

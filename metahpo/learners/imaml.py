@@ -15,6 +15,7 @@ from metahpo.functional import Params
 from metahpo.functional.levels import under_torch_func
 from metahpo.functional.trees import map_tree
 from metahpo.inner import ConjugateGradients, FirstOrder, Reverse, UpdateRule, unroll
+from metahpo.inner.gradient import zeros_for_unused
 from metahpo.inner.linear_solve import correction
 from metahpo.inner.rules.curvature import flat, hessian_product, split
 from metahpo.learners.base import Adapted, Loss
@@ -92,6 +93,7 @@ class IMAML(MAML):
             return _products(lambda w: objective(w, learnt), at)
 
         slope, *_ = Reverse()(lambda w, carry, batch, step: (objective(w, batch), carry), at, None, learnt, 0)
+        slope = zeros_for_unused(slope, at)
         solver = ConjugateGradients(self.cg_steps, truncate=True)
         return split(correction(products, learnt, -flat(slope, at), solver), at)
 

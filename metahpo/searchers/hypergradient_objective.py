@@ -103,7 +103,7 @@ class HypergradientObjective:
             for step, (x, y) in enumerate(self._batches()):
                 with torch.enable_grad():
                     value = self._minimised(net(x), y, params, others)
-                    found = torch.autograd.grad(value, list(params.values()), materialize_grads=True)
+                    found = torch.autograd.grad(value, list(params.values()), allow_unused=True)
                 if not bool(torch.isfinite(value)):
                     raise NonFiniteError(f"the training diverged: its loss is {float(value)} at step {step + 1}")
                 with torch.no_grad():

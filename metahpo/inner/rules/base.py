@@ -13,6 +13,8 @@ from metahpo.functional.trees import Params
 RuleState = Any
 # The hyperparameters of one tensor at one step, by name.
 Hyper = Mapping[str, Tensor]
+# In the state of a tensor: the number of steps whose loss did not use it, where there were any.
+_SKIPPED = "skipped"
 
 
 class UpdateRule(nn.Module):
@@ -22,10 +24,12 @@ class UpdateRule(nn.Module):
     it has momenta or counters, ``init``.
 
     With ``needs_loss`` the inner loop calls it as ``forward(params, grads, state, step, loss)``: ``loss(params)`` is
-    this step's loss (a ``StepLoss``), closed over ``loss.batch`` and ``loss.carry``.
+    this step's loss (a ``StepLoss``), closed over ``loss.batch`` and ``loss.carry``. With ``skips_unused`` the gradient
+    of a tensor that the step's loss does not use is None, else zeros.
     """
 
     needs_loss = False
+    skips_unused = False
 
     def init(self, params: Params) -> RuleState:
         """The state before the first step (a tree of tensors, or None)."""
@@ -48,7 +52,12 @@ class PerTensorRule(UpdateRule):
     A subclass makes its hyperparameters with ``add_scalars`` and writes ``update`` and, if it has a state,
     ``tensor_state``. An outer loop gives other values by ``torch.func.functional_call(rule, {"lr": lr}, (params, grads,
     state, step))``; ``ByLayer`` and ``Scheduled`` give others to each tensor or step.
+
+    A tensor whose gradient is None stays as it is, and so does its state: neither weight decay nor momentum moves it,
+    and such a step is not counted in its ``step``, as in ``torch.optim``.
     """
+
+    skips_unused = True
 
     def tensor_state(self, param: Tensor) -> dict[str, Tensor]:
         """What the rule carries for one tensor, before the first step."""
@@ -73,8 +82,22 @@ class PerTensorRule(UpdateRule):
         new, states = {}, {}
         for name, p in params.items():
             old = {} if state is None else state[name]
-            new[name], states[name] = self.update(p, grads[name], old, step, hyper[name])
+            grad = grads[name]
+            if grad is None:
+                new[name], states[name] = p, {**old, _SKIPPED: old.get(_SKIPPED, 0) + 1}
+            elif _SKIPPED in old:
+                new[name], states[name] = self._after_skips(p, grad, old, step, hyper[name])
+            else:
+                new[name], states[name] = self.update(p, grad, old, step, hyper[name])
         return new, None if state is None else states
+
+    def _after_skips(
+        self, param: Tensor, grad: Tensor, state: Mapping[str, Any], step: int, hyper: Hyper
+    ) -> tuple[Tensor, dict[str, Any]]:
+        own = dict(state)
+        skipped = own.pop(_SKIPPED)
+        param, own = self.update(param, grad, own, step - skipped, hyper)
+        return param, {**own, _SKIPPED: skipped}
 
 
 def decayed(param: Tensor, grad: Tensor, hyper: Hyper) -> Tensor:
