@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from metahpo.functional.trees import Params
-from metahpo.inner.gradient import InnerGradient, InnerLoss, Reverse
+from metahpo.inner.gradient import FirstOrder, InnerGradient, InnerLoss, Reverse
+from metahpo.inner.randomness import repeatable
 from metahpo.inner.remat import NoRemat, Remat, recomputed_steps
 from metahpo.inner.rules.base import RuleState, UpdateRule
 from metahpo.inner.steps import take_steps
@@ -53,6 +54,9 @@ def unroll(
     """
     start = (params, rule.init(params) if state is None else state, carry)
     segments = remat.segments(batches)
+    again = segments is not None or not isinstance(gradient, (Reverse, FirstOrder))
+    if again and not getattr(rule, "needs_loss", False):
+        loss = repeatable(loss)
     if segments is None:
         params, state, carry, losses, steps = take_steps(loss, rule, gradient, start, batches, first, keep_steps)
         return Trajectory(params, steps if keep_steps else [params], losses, carry, state)

@@ -17,6 +17,7 @@ from metahpo.functional.trees import map_tree
 from metahpo.inner import ConjugateGradients, FirstOrder, Reverse, UpdateRule, unroll
 from metahpo.inner.gradient import zeros_for_unused
 from metahpo.inner.linear_solve import correction
+from metahpo.inner.randomness import same_draws
 from metahpo.inner.rules.curvature import flat, hessian_product, split
 from metahpo.learners.base import Adapted, Loss
 from metahpo.learners.maml import MAML
@@ -88,6 +89,9 @@ class IMAML(MAML):
         """Zero by name, with the minimum's derivative in what the outer loop learns."""
         if not self.cg_steps:
             return {name: p - p.detach() for name, p in learnt[0].items()}
+
+        # Of one function: with dropout the slope and every product with the Hessian see the same mask.
+        objective = same_draws(objective, [*at.values()])
 
         def products(learnt: Any) -> Callable[[Tensor], Tensor]:
             return _products(lambda w: objective(w, learnt), at)

@@ -293,13 +293,13 @@ def test_a_record_sees_what_changes_and_takes_no_other_learner_for_its_own():
             for name, param in learner.outer_params().items():
                 param.grad = found.grads[name]
             optimizer.step()
-    records = engine._programs
+    records = engine._records
     other = build("mlp", inner_lr=0.7)
     assert_equal(
         engine.meta_gradient(other, images(), other.training_phase(0)),
         Loop().meta_gradient(other, images(), other.training_phase(0)),
     )
-    assert engine._programs is not records
+    assert engine._records is not records
     # Frozen: one of the learned tensors is now one of the others, of the same shape.
     other.module.net.layers[1].bias.requires_grad_(False)
     with pytest.warns(UserWarning, match="other shapes"):

@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_leaves
 from metahpo.functional.trees import Params
 from metahpo.inner.gradient import StepLoss
 from metahpo.inner.linear_solve import ConjugateGradients, solve
+from metahpo.inner.randomness import same_draws
 from metahpo.inner.rules.base import UpdateRule
 
 
@@ -41,6 +42,8 @@ class CurvatureRule(UpdateRule):
             params, damping, loss = tree
             return flat(self.product(params, split(v, params), loss), params) + damping * v
 
+        # One matrix: with dropout all products see the same mask.
+        operator = same_draws(operator, [damping, *params.values()])
         return solve(operator, (params, damping, loss), flat(grads, params), self.solver)
 
 

@@ -14,8 +14,8 @@ import torch
 from tqdm import tqdm
 
 from metahpo import torchrun
-from metahpo.errors import NetError
 from metahpo.functional import Params
+from metahpo.inner.randomness import python_draws, set_python_draws
 from metahpo.learners.base import MetaLearner, Metrics
 from metahpo.learners.phase import Phase
 from metahpo.tasks.task import Task
@@ -56,8 +56,10 @@ class Auto:
             kinds: dict[str, Callable[[], Engine]] = {k.name: k for k in (Loop, Threads, VMap, Trace)}
             if kind not in self.chosen:
                 # Trials draw random numbers (dropout) that the run itself is still to draw.
+                drawn = python_draws()
                 with torch.random.fork_rng(devices=[tasks.query_x.device] if tasks.query_x.is_cuda else []):
                     self._engines[kind] = self._fastest(work, learner, tasks, phase)
+                set_python_draws(drawn)
                 self.chosen[kind] = self._engines[kind].name
             else:
                 self._engines[kind] = kinds[self.chosen[kind]]()
@@ -73,11 +75,18 @@ class Auto:
             call: Callable[[MetaLearner, Task, Phase], Any] = (
                 engine.meta_gradient if work == "training" else engine.evaluate
             )
+            # Any error: one that is the learner's own comes again from the engine that is left, loop.
             try:
-                seconds[engine.name] = _time(lambda: call(learner, tasks, phase), device)
-                engines[engine.name] = engine
-            except (NetError, torch.OutOfMemoryError) as error:
-                notes.append(f"{engine.name} cannot" if isinstance(error, NetError) else f"{engine.name}: no memory")
+                taken = _time(lambda: call(learner, tasks, phase), device)
+            except torch.OutOfMemoryError:
+                notes.append(f"{engine.name}: no memory")
+            except Exception:
+                notes.append(f"{engine.name} cannot")
+            else:
+                if isinstance(engine, Trace) and not engine.records:
+                    notes.append("trace cannot")
+                    return
+                seconds[engine.name], engines[engine.name] = taken, engine
 
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         if device == "cpu":

@@ -13,6 +13,7 @@ from metahpo.tasks.task import Task
 from metahpo.training.engines.auto import Auto
 from metahpo.training.engines.base import Engine
 from metahpo.training.engines.loop import Loop
+from metahpo.training.engines.record import difference
 
 # Float32 gradients of the same function may differ by percents where a ReLU or a maximum is a rounding away from
 # changing sides, so what can be is compared in float64.
@@ -49,11 +50,7 @@ def _difference(engine: Engine, learner: MetaLearner, task: Task, phase: Phase) 
     for each, into in ((engine, found), (Loop(), wanted)):
         torch.manual_seed(0)
         into.append({name: g.clone() for name, g in each.meta_gradient(learner, task, phase).grads.items()})
-    # A gradient may be zero.
-    norm = torch.stack([g.norm() for g in wanted[0].values()]).norm().clamp(min=1e-6)
-    differences = {name: float((found[0][name] - g).norm() / norm) for name, g in wanted[0].items()}
-    worst = max(differences, key=lambda name: differences[name] if differences[name] == differences[name] else 1e300)
-    return differences[worst], worst
+    return difference(found[0], wanted[0])
 
 
 def _copy(learner: MetaLearner) -> MetaLearner:

@@ -17,14 +17,14 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from metahpo.errors import MetaHPOError, one_line
 from metahpo.functional import FunctionalModule, Params
+from metahpo.inner.randomness import Unrepeatable
 from metahpo.learners.base import MetaLearner, Metrics
 from metahpo.learners.phase import Phase
 from metahpo.tasks.task import Task
 from metahpo.training.engines.base import MetaGradient
+from metahpo.training.engines.record import Program, Record
 from metahpo.training.engines.refusal import failing_module
 from metahpo.training.engines.vmap import VMap, batched_gradient
-
-Program = Callable[..., MetaGradient]
 
 
 class Trace:
@@ -33,48 +33,68 @@ class Trace:
     What Python, autograd and torch.func do between the operations, most of the time where tensors are small, is done
     once. On CUDA the record becomes a CUDA graph, started as a whole: no step waits for the host, and the results are
     overwritten by the next step's. Recording takes seconds. A learner that cannot be recorded, because it reads values
-    of tensors (data-dependent control flow), and a batch of other shapes than the first run as ``vmap`` does, with one
-    warning; so does evaluation, without one.
+    of tensors (data-dependent control flow) or because Python decides what it computes (random numbers of ``random`` or
+    ``numpy.random``, counters, attributes that change), and a batch of other shapes than the first run as ``vmap``
+    does, with one warning; so does evaluation, without one. Some steps run both ways, ever more rarely, to see that the
+    record still is what a step would do.
     """
 
     name = "trace"
+    exact = True
 
     def __init__(self) -> None:
         self._vmap = VMap()
         self._learner: Callable[[], MetaLearner | None] = lambda: None
-        self._programs: dict[Any, Program | None] = {}
+        self._records: dict[Any, Record | None] = {}
         self._shapes: dict[Any, Any] = {}
 
     def meta_gradient(self, learner: MetaLearner, tasks: Task, phase: Phase) -> MetaGradient:
         learner.train(phase.training)
         if self._learner() is not learner:
-            self._learner, self._programs, self._shapes = weakref.ref(learner), {}, {}
-        program = self._program(learner, tasks, phase)
-        if program is None:
+            self._learner, self._records, self._shapes = weakref.ref(learner), {}, {}
+        kind, record = self._record(learner, tasks, phase)
+        if record is None:
             return self._vmap.meta_gradient(learner, tasks, phase)
-        with torch.no_grad():
-            return program(*_tensors(learner), tasks, phase.step_weights)
+        result, reason = record.step(
+            learner,
+            lambda: self._vmap.meta_gradient(learner, tasks, phase),
+            lambda: self._make(learner, tasks, phase),
+            (*_tensors(learner), tasks, phase.step_weights),
+        )
+        if reason is not None:
+            self._records[kind] = None
+            if reason:
+                warnings.warn(f"engine {self.name}: {reason}; running as vmap", stacklevel=3)
+        return result
+
+    @property
+    def records(self) -> bool:
+        """Whether any step so far was recorded, and not run as ``vmap``."""
+        return any(record is not None and record.made for record in self._records.values())
 
     def evaluate(self, learner: MetaLearner, tasks: Task, phase: Phase) -> tuple[Metrics, Params]:
         return self._vmap.evaluate(learner, tasks, phase)
 
-    def _program(self, learner: MetaLearner, tasks: Task, phase: Phase) -> Program | None:
+    def _record(self, learner: MetaLearner, tasks: Task, phase: Phase) -> tuple[Any, Record | None]:
         autocast = tuple(m.autocast for m in learner.modules() if isinstance(m, FunctionalModule))
         kind = (replace(phase, step_weights=None), phase.step_weights is None, autocast)
         shapes = _signature((*_tensors(learner), tasks, phase.step_weights))
         if self._shapes.setdefault(kind, shapes) != shapes:
             # Once: a second set of shapes is usually the last, smaller batch, for which recording does not pay.
-            if (kind, "other") not in self._programs:
-                self._programs[kind, "other"] = None
+            if (kind, "other") not in self._records:
+                self._records[kind, "other"] = None
                 warnings.warn(f"engine {self.name}: batches of other shapes than the first run as vmap", stacklevel=4)
-            return None
-        if kind not in self._programs:
-            self._programs[kind] = self._make(learner, tasks, phase)
-        return self._programs[kind]
+            return kind, None
+        if kind not in self._records:
+            self._records[kind] = Record(self.exact)
+        return kind, self._records[kind]
 
     def _make(self, learner: MetaLearner, tasks: Task, phase: Phase) -> Program | None:
         try:
             return self._recorded(learner, tasks, phase)
+        except Unrepeatable as error:
+            warnings.warn(f"engine {self.name}: {error}, which a record cannot; running as vmap", stacklevel=5)
+            return None
         except (MetaHPOError, torch.OutOfMemoryError):
             raise
         except Exception as error:
@@ -113,6 +133,7 @@ class Graph(Trace):
     """
 
     name = "graph"
+    exact = False
 
     def _made_fast(self, recorded: torch.fx.GraphModule) -> Program:
         compiled = torch.compile(recorded, fullgraph=True, dynamic=False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from queue import SimpleQueue
@@ -21,6 +22,7 @@ from metahpo.learners.phase import Phase
 from metahpo.native import conv_taps
 from metahpo.tasks.task import Task
 from metahpo.training.engines.base import MetaGradient, mean_metrics
+from metahpo.training.engines.python_state import Watch
 from metahpo.training.engines.refusal import refusal
 
 T = TypeVar("T")
@@ -38,6 +40,7 @@ class Threads:
 
     def __init__(self) -> None:
         self.workers = torch.get_num_threads()
+        self._watched: Callable[[], MetaLearner | None] = lambda: None
         self._pool = ThreadPoolExecutor(self.workers, "metahpo", initializer=torch.set_num_threads, initargs=(1,))
 
     def meta_gradient(self, learner: MetaLearner, tasks: Task, phase: Phase) -> MetaGradient:
@@ -69,9 +72,11 @@ class Threads:
             raise NetError("engine threads runs on the CPU only; choose vmap, trace or graph for CUDA")
         learner.train(phase.training)
         drawn = torch.get_rng_state()
+        twins = [fused_copy(learner) for _ in range(min(self.workers, count))]
+        watches = [Watch(twin) for twin in twins] if self._watched() is not learner else []
         copies: SimpleQueue[MetaLearner] = SimpleQueue()
-        for _ in range(min(self.workers, count)):
-            copies.put(fused_copy(learner))
+        for twin in twins:
+            copies.put(twin)
 
         def run(index: int) -> T:
             mine = copies.get()
@@ -87,7 +92,19 @@ class Threads:
                 f"engine threads cannot run {_drawing(learner)}: it draws random numbers, and which task got which "
                 "would differ from run to run; choose vmap or loop"
             )
+        if watches:
+            self._refuse_python(watches)
+            self._watched = weakref.ref(learner)
         return results
+
+    def _refuse_python(self, watches: list[Watch]) -> None:
+        """Raises NetError where the first batch showed that Python's state decides what a task computes."""
+        drew = watches[0].drew()
+        # Some attributes are set at a first call and stay so: then all that ran agree.
+        changed = next((found for watch in watches if (found := watch.counted())), None)
+        if drew or changed:
+            what = "the learner draws from random or numpy.random" if drew else f"{changed} changes from call to call"
+            raise NetError(f"engine threads cannot keep in order what Python keeps: {what}; choose vmap or loop")
 
 
 def _drawing(learner: MetaLearner) -> str:
