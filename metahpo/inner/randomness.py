@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from metahpo.errors import NetError
@@ -45,7 +46,9 @@ class Draws:
         alone = threading.current_thread() is threading.main_thread()
         before, python = self._read(), python_draws() if alone else None
         yield
-        drew = any(bytes(old.numpy()) != bytes(new.numpy()) for old, new in zip(before, self._read()))
+        now = self._read()
+        with temporarily_clear_interpreter_stack():
+            drew = any(not torch.equal(old, new) for old, new in zip(before, now))
         if drew and not alone:
             raise NetError(
                 "Mixed, remat and iMAML repeat the inner loop's random numbers (dropout), which is not possible on "
@@ -63,22 +66,29 @@ class Draws:
         if self.states is None and self.python is None:
             yield
             return
-        now = python_draws()
-        with torch.random.fork_rng(devices=self.devices, enabled=self.states is not None):
+        now, python = self._read(), python_draws()
+        if self.states is not None:
+            self._write(self.states)
+        if self.python is not None:
+            set_python_draws(self.python)
+        try:
+            yield
+        finally:
             if self.states is not None:
-                torch.set_rng_state(self.states[0])
-                for device, state in zip(self.devices, self.states[1:]):
-                    torch.cuda.set_rng_state(state, device)
+                self._write(now)
             if self.python is not None:
-                set_python_draws(self.python)
-            try:
-                yield
-            finally:
-                if self.python is not None:
-                    set_python_draws(now)
+                set_python_draws(python)
 
     def _read(self) -> list[Tensor]:
-        return [torch.get_rng_state(), *(torch.cuda.get_rng_state(device) for device in self.devices)]
+        # torch.func wraps what is made inside it, and a generator's state has to be a plain tensor.
+        with temporarily_clear_interpreter_stack():
+            return [torch.get_rng_state(), *(torch.cuda.get_rng_state(device) for device in self.devices)]
+
+    def _write(self, states: list[Tensor]) -> None:
+        with temporarily_clear_interpreter_stack():
+            torch.set_rng_state(states[0])
+            for device, state in zip(self.devices, states[1:]):
+                torch.cuda.set_rng_state(state, device)
 
 
 PythonDraws = tuple[Any, Any]

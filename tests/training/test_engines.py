@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 import gc
+import random
 import re
 import threading
 import warnings
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -546,3 +548,81 @@ def test_the_command_line_checks(tmp_path, monkeypatch, capsys):
 
 def _scaled(result):
     return result._replace(grads={name: 1.001 * g for name, g in result.grads.items()})
+
+
+# What Python decides.
+
+
+class Decides(nn.Module):
+    """Scales by what Python decides at each call."""
+
+    def __init__(self, scale):
+        super().__init__()
+        self.calls, self.layer, self.scale = 0, nn.Linear(1, 1), scale
+
+    def forward(self, x):
+        return self.layer(x) * self.scale(self)
+
+
+def counted(module):
+    module.calls += 1
+    return module.calls
+
+
+@pytest.mark.parametrize(
+    ("scale", "reason"),
+    [
+        (lambda module: 1 + random.random(), "draws from random or numpy.random"),
+        (lambda module: 1 + np.random.rand(), "draws from random or numpy.random"),
+        (counted, "'calls' of the net changes from step to step"),
+        (lambda module, own=random.Random(0): 1 + own.random(), "Python decides what a step computes"),
+    ],
+)
+def test_what_python_decides_is_not_recorded(scale, reason):
+    learner, engine = MAML(Decides(scale), steps=1, loss=F.mse_loss).double(), Trace()
+    with pytest.warns(UserWarning, match=f"engine trace: .*{reason}.*; running as vmap") as caught:
+        losses = {float(engine.meta_gradient(learner, sines(), Phase(training=True)).loss) for _ in range(4)}
+    assert len(losses) == 4, "a record would repeat the first"
+    assert len([w for w in caught if "engine trace" in str(w.message)]) == 1
+
+
+def test_a_record_is_left_when_an_attribute_changes():
+    learner, engine = MAML(Decides(lambda module: 1 + module.calls), steps=1, loss=F.mse_loss).double(), Trace()
+    for _ in range(2):
+        engine.meta_gradient(learner, sines(), Phase(training=True))
+    learner.module.net.calls = 5
+    with pytest.warns(UserWarning, match="engine trace: 'calls' of the net changed, which a record does not see"):
+        found = engine.meta_gradient(learner, sines(), Phase(training=True))
+    assert_equal(found, Loop().meta_gradient(learner, sines(), Phase(training=True)))
+
+
+@pytest.mark.filterwarnings("ignore:engine trace. Mixed, remat and iMAML repeat")
+def test_random_numbers_that_are_drawn_again_are_not_recorded():
+    net = nn.Sequential(nn.Linear(1, 4), nn.Tanh(), nn.Dropout(0.5), nn.Linear(4, 1))
+    found = []
+    for options in ({}, {"remat": Sqrt()}):
+        torch.manual_seed(0)
+        learner, engine = MAML(net, steps=2, loss=F.mse_loss, **options).double(), VMap() if not options else Trace()
+        found.append(engine.meta_gradient(learner, sines(), Phase(training=True)))
+    assert_equal(*found)
+
+
+@pytest.mark.parametrize("scale", [lambda module: 1 + random.random(), counted])
+def test_threads_refuse_what_python_decides(scale):
+    learner = MAML(Decides(scale), steps=1, loss=F.mse_loss).double()
+    with pytest.raises(
+        NetError, match=r"engine threads cannot keep in order what Python keeps: .*choose vmap"
+    ):
+        Threads().meta_gradient(learner, sines(), Phase(training=True))
+
+
+def test_an_engines_raw_error_does_not_end_what_loop_can_run(monkeypatch, capsys):
+    def broken(*_):
+        raise IndexError("a mistake of the engine")
+
+    for kind in (Threads, VMap):
+        monkeypatch.setattr(kind, "meta_gradient", broken)
+    learner = small()
+    found = Auto().meta_gradient(learner, sines(), Phase(training=True))
+    assert_equal(found, Loop().meta_gradient(learner, sines(), Phase(training=True)))
+    assert "engine auto: loop for training (threads cannot, vmap cannot)" in capsys.readouterr().err
