@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
 import io
-import os
 import pickle
 import re
 import sys
@@ -16,6 +14,7 @@ from typing import Any
 import torch
 
 from metahpo.errors import CheckpointError, one_line
+from metahpo.runs.files import checksum, write_atomically
 
 State = dict[str, Any]
 # epoch-0003.<checksum>.pt holds the state after 3 epochs; epoch-0003-step-00017 that after 17 more iterations.
@@ -53,7 +52,7 @@ class CheckpointStore:
         torch.save(_canonical(state), buffer)
         data = buffer.getvalue()
         step = f"-step-{iteration:05d}" if iteration else ""
-        path = self.folder / f"epoch-{epoch:04d}{step}.{_checksum(data)}.pt"
+        path = self.folder / f"epoch-{epoch:04d}{step}.{checksum(data)}.pt"
         write_atomically(path, data)
         self._prune(path, keep)
         return path
@@ -115,12 +114,13 @@ def load_checkpoint(path: str | Path, content: Mapping[str, type] = TRAINING) ->
     except OSError as error:
         raise CheckpointError(f"cannot read checkpoint {path}: {error.strerror}") from None
     match = _NAME.fullmatch(path.name)
-    if match and _checksum(data) != match[3]:
+    if match and checksum(data) != match[3]:
         raise DamagedCheckpoint(
-            f"checkpoint {path} is damaged: its checksum is {_checksum(data)}, its name says {match[3]}"
+            f"checkpoint {path} is damaged: its checksum is {checksum(data)}, its name says {match[3]}"
         )
     if not zipfile.is_zipfile(io.BytesIO(data)):
         raise DamagedCheckpoint(f"checkpoint {path} is damaged: it is not a file of torch.save")
+    _check_entries(data, path)
     try:
         state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
@@ -133,6 +133,19 @@ def load_checkpoint(path: str | Path, content: Mapping[str, type] = TRAINING) ->
         if not (isinstance(state, dict) and isinstance(state.get(name), kind)):
             raise CheckpointError(f"{path} is not a metahpo checkpoint: it has no {name!r} ({kind.__name__})")
     return state
+
+
+def _check_entries(data: bytes, path: Path) -> None:
+    """Raises unless the file's parts are stored as they are: compressed ones may unpack to any size."""
+    try:
+        with zipfile.ZipFile(io.BytesIO(data)) as archive:
+            parts = archive.infolist()
+    except (zipfile.BadZipFile, ValueError, OSError, NotImplementedError, RuntimeError) as error:
+        raise DamagedCheckpoint(f"checkpoint {path} is damaged: {one_line(error)}") from None
+    packed = [part.filename for part in parts if part.compress_type != zipfile.ZIP_STORED]
+    if packed or sum(part.file_size for part in parts) > len(data):
+        which = f"{packed[0]!r} is compressed" if packed else "its parts are larger than itself"
+        raise CheckpointError(f"checkpoint {path}: {which}, expected what torch.save writes; refused")
 
 
 def load_learner(learner: torch.nn.Module, state: Mapping[str, torch.Tensor], where: str | Path) -> None:
@@ -152,27 +165,6 @@ def _shape(state: Mapping[str, Any], name: str) -> tuple[int, ...] | str:
     return tuple(value.shape) if isinstance(value, torch.Tensor) else type(value).__name__
 
 
-def write_atomically(path: Path, data: bytes) -> None:
-    """Writes a file so that after a crash it is either as before or complete."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException as error:
-        temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError):  # A full disk does not say which file it was.
-            raise OSError(error.errno, error.strerror, str(path)) from error
-        raise
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
-
-
 def _canonical(tree: Any) -> Any:
     """The same tree in the same objects whatever its history.
 
@@ -183,7 +175,3 @@ def _canonical(tree: Any) -> Any:
     if isinstance(tree, (list, tuple)):
         return type(tree)(_canonical(value) for value in tree)
     return sys.intern(tree) if isinstance(tree, str) else tree
-
-
-def _checksum(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()[:16]
