@@ -16,6 +16,7 @@ from metahpo.config_learners import LinearHeadSettings
 from metahpo.custom import brief, check_learner, reason
 from metahpo.errors import CheckpointError, ConfigError, did_you_mean
 from metahpo.learners import MetaLearner
+from metahpo.run_dirs import check_begun
 from metahpo.tasks import LabelledImages, TaskSource
 from metahpo.training.checkpoint import CheckpointStore
 from metahpo.training.distributed import current
@@ -59,7 +60,8 @@ def resume_trainer(
     store = CheckpointStore(Path(run_dir) / "checkpoints")
     ranks = current()
     if not ranks.on_first(store.list):
-        # Killed before its first epoch was saved, the run has nothing to go on from and begins anew.
+        # Killed before its first epoch was saved, the run has nothing to go on from and begins again.
+        ranks.on_first(lambda: check_begun(Path(run_dir)))
         return Trainer(learner, tasks["train"], tasks["val"], config.training, run_dir)
     with ranks.agreed():
         path, state, _ = ranks.on_first(store.latest)

@@ -7,6 +7,7 @@ import json
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from metahpo.cli_search import add_search
 from metahpo.cli_tune import add_tune
 from metahpo.errors import MetaHPOError, NonFiniteError, RankError, UsageError, one_line
 from metahpo.run_dirs import check_new, existing_run_dir, is_search, new_run_dir, trained_run_dir
+from metahpo.runs.lock import holding_run
 
 TRAIN = """Meta-trains the learner that CONFIG describes, tests it, and writes a report.
 
@@ -156,8 +158,8 @@ def _train(options: argparse.Namespace) -> int:
         raise UsageError(f"--resume takes the run's own config; found {' '.join(given)!r} as well")
     if not options.resume and not options.config:
         raise UsageError("a CONFIG is needed, or --resume RUN_DIR; see metahpo train --help")
-    with process_group() as ranks:
-        config, run_dir, trainer = _resumed(options, ranks) if options.resume else _begun(options, ranks)
+    with ExitStack() as held, process_group() as ranks:
+        config, run_dir, trainer = _resumed(options, ranks, held) if options.resume else _begun(options, ranks, held)
         show = print if ranks.first else _nothing
         trainer.fit(
             options.until_epoch, on_epoch=lambda row: show(_epoch_line(row, config.training.epochs), flush=True)
@@ -170,7 +172,7 @@ def _train(options: argparse.Namespace) -> int:
     return 0
 
 
-def _begun(options: argparse.Namespace, ranks: Any):
+def _begun(options: argparse.Namespace, ranks: Any, held: ExitStack):
     """The config, run directory and trainer of a new run. Rank 0 alone reads the config and writes."""
     from metahpo.building import build
     from metahpo.config_file import dump_config, load_config
@@ -185,7 +187,8 @@ def _begun(options: argparse.Namespace, ranks: Any):
 
     def make() -> Path:
         run_dir = config.run_dir or new_run_dir(Path(options.config))
-        run_dir.mkdir(parents=True, exist_ok=True)
+        held.enter_context(holding_run(run_dir))
+        check_new(run_dir)  # Another process may have begun one since.
         write_atomically(run_dir / "config.yaml", dump_config(config).encode())
         return run_dir
 
@@ -200,13 +203,19 @@ def _begun(options: argparse.Namespace, ranks: Any):
     return config, run_dir, trainer
 
 
-def _resumed(options: argparse.Namespace, ranks: Any):
+def _resumed(options: argparse.Namespace, ranks: Any, held: ExitStack):
     """The config, run directory and trainer of the run to go on with."""
     from metahpo.building import resume_trainer
     from metahpo.config_file import load_config
 
     run_dir = Path(options.resume)
-    config = ranks.on_first(lambda: load_config(trained_run_dir(options.resume) / "config.yaml"))
+
+    def read():
+        path = trained_run_dir(options.resume)
+        held.enter_context(holding_run(path))
+        return load_config(path / "config.yaml")
+
+    config = ranks.on_first(read)
     trainer = resume_trainer(config, run_dir)
     if ranks.first:
         if trainer.epoch < config.training.epochs:
@@ -224,9 +233,14 @@ def _evaluate(options: argparse.Namespace) -> int:
     from metahpo.config_file import load_config
     from metahpo.training.distributed import process_group
 
-    with process_group() as ranks:
+    with ExitStack() as held, process_group() as ranks:
         run_dir = Path(options.run_dir)
-        config = ranks.on_first(lambda: load_config(trained_run_dir(options.run_dir) / "config.yaml"))
+
+        def read():
+            held.enter_context(holding_run(trained_run_dir(options.run_dir)))
+            return load_config(run_dir / "config.yaml")
+
+        config = ranks.on_first(read)
         _test(config, run_dir, options.split, options.tasks or config.training.test_tasks, ranks)
     return 0
 
@@ -241,10 +255,11 @@ def _report(options: argparse.Namespace) -> int:
 
         return report_search(Path(options.run_dir))
     run_dir = trained_run_dir(options.run_dir)
-    config = load_config(run_dir / "config.yaml")
-    tasks, learner = build_for(config, "test")
-    load_best(run_dir, learner)
-    _write_report(run_dir, learner, tasks.task(0))
+    with holding_run(run_dir):
+        config = load_config(run_dir / "config.yaml")
+        tasks, learner = build_for(config, "test")
+        load_best(run_dir, learner)
+        _write_report(run_dir, learner, tasks.task(0))
     return 0
 
 

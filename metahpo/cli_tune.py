@@ -5,11 +5,13 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 from metahpo.errors import UsageError
 from metahpo.run_dirs import check_new, existing_run_dir, new_run_dir
+from metahpo.runs.lock import holding_run
 
 HELP = {
     "rates": "learning rates, momenta and weight decays by layer and by phase of the training",
@@ -64,26 +66,31 @@ def _tune(options: argparse.Namespace) -> int:
         raise UsageError(f"--resume takes the run's own config; found {' '.join(given)!r} as well")
     if not options.resume and not options.config:
         raise UsageError(f"a CONFIG is needed, or --resume RUN_DIR; see metahpo tune {options.kind} --help")
-    run_dir = existing_run_dir(options.resume) if options.resume else None
-    config = load_config(run_dir / "config.yaml" if run_dir else options.config, options.overrides, schema)
-    if run_dir is None and config.run_dir:
-        check_new(config.run_dir)
-    tuner, data = build_tuner(options.kind, config)
-    if run_dir is None:
-        run_dir = config.run_dir or new_run_dir(Path(options.config))
-        run_dir.mkdir(parents=True, exist_ok=True)
-        write_atomically(run_dir / "config.yaml", dump_config(config).encode())
-    device = device_of(config.device)
-    run = TuningRun(tuner, run_dir, _settings(config), device)
-    if options.resume:
-        run.resume()
-        done = tuner.iteration >= tuner.iterations
-        where = f"all {tuner.iteration} outer steps are done" if done else f"at outer step {tuner.iteration + 1}"
-        print(f"resuming {run_dir}: {where}", flush=True)
-    else:
-        print(f"{options.config}: {tuner.title}, {tuner.iterations} outer steps on {device}, run directory {run_dir}")
-    result = run.fit(options.until, lambda row: print(_line(row, tuner.iterations), flush=True))
-    _finish(run_dir, tuner, result, data)
+    with ExitStack() as held:
+        run_dir = existing_run_dir(options.resume) if options.resume else None
+        if run_dir:
+            held.enter_context(holding_run(run_dir))
+        config = load_config(run_dir / "config.yaml" if run_dir else options.config, options.overrides, schema)
+        if run_dir is None and config.run_dir:
+            check_new(config.run_dir)
+        tuner, data = build_tuner(options.kind, config)
+        if run_dir is None:
+            run_dir = config.run_dir or new_run_dir(Path(options.config))
+            held.enter_context(holding_run(run_dir))
+            check_new(run_dir)  # Another process may have begun one since.
+            write_atomically(run_dir / "config.yaml", dump_config(config).encode())
+        device = device_of(config.device)
+        run = TuningRun(tuner, run_dir, _settings(config), device)
+        if options.resume:
+            run.resume()
+            done = tuner.iteration >= tuner.iterations
+            where = f"all {tuner.iteration} outer steps are done" if done else f"at outer step {tuner.iteration + 1}"
+            print(f"resuming {run_dir}: {where}", flush=True)
+        else:
+            total = f"{tuner.iterations} outer steps on {device}"
+            print(f"{options.config}: {tuner.title}, {total}, run directory {run_dir}")
+        result = run.fit(options.until, lambda row: print(_line(row, tuner.iterations), flush=True))
+        _finish(run_dir, tuner, result, data)
     return 0
 
 

@@ -23,6 +23,16 @@ def check_new(run_dir: Path) -> None:
         raise CheckpointError(f"{run_dir} already holds a run; --resume it or choose another run_dir")
 
 
+def check_begun(run_dir: Path) -> None:
+    """Raises if a run without a checkpoint has got further than that: to begin it again would write over its log."""
+    progress = [name for name in ("metrics.csv", "test.json", "result.pt") if (run_dir / name).exists()]
+    if progress:
+        raise CheckpointError(
+            f"{run_dir} has {progress[0]} and no checkpoint to go on from; put {run_dir / 'checkpoints'} back, or "
+            "begin a new run with its config.yaml in another run_dir"
+        )
+
+
 def existing_run_dir(name: str) -> Path:
     path = Path(name)
     if not (path / "config.yaml").exists():

@@ -302,12 +302,6 @@ def test_a_damaged_checkpoint_is_passed_over_and_said(run, finished_sines, capsy
     assert final(run) == final(finished_sines)
 
 
-def test_a_run_without_a_checkpoint_begins_anew(run, finished_sines, capsys):
-    shutil.rmtree(run / "checkpoints")
-    assert main(["train", "--resume", "out"]) == 0
-    assert final(run) == final(finished_sines)
-
-
 def test_own_net_learner_and_tasks_are_found_in_the_working_directory(here, capsys):
     overrides = [
         "net={name: 'own_code:build', args: {width: 5}}",

@@ -16,7 +16,7 @@ from metahpo.training.checkpoint import CheckpointStore, DamagedCheckpoint, Stat
 from metahpo.training.distributed import current
 from metahpo.training.engines import ENGINES
 from metahpo.training.evaluation import evaluate
-from metahpo.training.metrics import Row, best_epochs, summarise
+from metahpo.training.metrics import CsvLog, Row, best_epochs, summarise
 from metahpo.training.settings import TrainingSettings
 
 
@@ -63,6 +63,7 @@ def best_states(run_dir: str | Path, count: int) -> list[tuple[Path, State]]:
     history = state["history"]
     if not history:
         raise CheckpointError(f"{run_dir} has no whole epoch yet")
+    CsvLog(Path(run_dir) / "metrics.csv").restore(history)
     whole = dict(_whole(store, best_epochs(history, count)))
     if not whole:
         raise CheckpointError(f"{run_dir}: the checkpoints of its best epochs are all gone or damaged")

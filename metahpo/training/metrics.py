@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -82,6 +83,32 @@ class CsvLog:
         writer.writeheader()
         writer.writerows({name: _plain(value) for name, value in row.items()} for row in rows)
         write_atomically(self.path, text.getvalue().encode())
+
+    def restore(self, history: Sequence[Mapping[str, float]]) -> list[float]:
+        """Makes the file that of ``history``, a checkpoint's, if it is not, and says so; gives each row's seconds.
+
+        A row too many or too few at the end is a crash's, and no damage.
+        """
+        problem, rows = None, list[Row]()
+        try:
+            rows = self.read()
+        except DataError as error:
+            problem = str(error)
+        logged = [{name: value for name, value in row.items() if name != "seconds"} for row in rows]
+        kept = [{name: float(value) for name, value in row.items()} for row in history]
+        wrong = next((i for i, (a, b) in enumerate(zip(logged, kept), start=1) if repr(a) != repr(b)), None)
+        if problem is None and wrong is not None:
+            problem = f"{self.path}: row {wrong} is not what the checkpoint says"
+        elif problem is None and len(logged) < len(kept) - 1:
+            problem = f"{self.path}: has {len(logged)} rows, the checkpoint {len(kept)}"
+        seconds = [row.get("seconds", 0.0) for row in rows[: len(kept)]]
+        seconds = [value if 0 <= value < math.inf else 0.0 for value in seconds]
+        seconds += [0.0] * (len(kept) - len(seconds))
+        if problem is not None:
+            print(f"{problem}; written again from the checkpoint", file=sys.stderr)
+        if problem is not None or logged != kept:
+            self.write([{**row, "seconds": s} for row, s in zip(history, seconds)])
+        return seconds
 
     def read(self) -> list[Row]:
         """The rows of the file, none if it does not exist; raises DataError if it is damaged."""

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from metahpo.errors import CheckpointError, DataError, NonFiniteError
+from metahpo.errors import CheckpointError, NonFiniteError
 from metahpo.learners.base import MetaLearner
 from metahpo.learners.phase import Phase
 from metahpo.tasks.task import Task, TaskSource
@@ -251,10 +251,6 @@ class Trainer:
         self._refuse(self._finite.look())
         if self.store is None or self.run_dir is None:
             return
-        # The log first: a crash between the two leaves a row too many, which resuming drops.
-        CsvLog(self.run_dir / "metrics.csv").write(
-            [{**row, "seconds": round(seconds, 3)} for row, seconds in zip(self.history, self._seconds)]
-        )
         state = {
             "epoch": self.epoch,
             "iteration": self.iteration,
@@ -267,7 +263,11 @@ class Trainer:
         }
         # Those of the epoch before too: should this checkpoint be damaged, they are the best again.
         keep = [best_epochs(rows, self.settings.keep_best) for rows in (self.history, self.history[:-1])]
+        # The log last: one without a checkpoint is not gone on with, and one that lacks a row is written again.
         self.store.save(state, self.epoch, self.iteration, {*keep[0], *keep[1]})
+        CsvLog(self.run_dir / "metrics.csv").write(
+            [{**row, "seconds": round(seconds, 3)} for row, seconds in zip(self.history, self._seconds)]
+        )
 
     def _load(self, state: State, path: Path) -> None:
         load_learner(self.learner, state["learner"], path)
@@ -276,9 +276,5 @@ class Trainer:
         self._partial = SumOfMetrics(**state["partial"])
         if isinstance(self.engine, Auto):
             self.engine.chosen.update(state.get("engines", {}))
-        try:
-            rows = CsvLog(self.run_dir / "metrics.csv").read() if self.run_dir else []
-            logged = {row.get("epoch"): row.get("seconds", 0.0) for row in rows}
-        except DataError:
-            logged = {}  # Only the seconds are lost: all else is in the checkpoint, and the file is written anew.
-        self._seconds = [logged.get(row["epoch"], 0.0) for row in self.history]
+        log = CsvLog(self.run_dir / "metrics.csv") if self.run_dir else None
+        self._seconds = log.restore(self.history) if log else [0.0] * len(self.history)

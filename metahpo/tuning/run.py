@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 
-from metahpo.errors import CheckpointError, ConfigError, DataError, NonFiniteError
+from metahpo.errors import CheckpointError, ConfigError, NonFiniteError
+from metahpo.run_dirs import check_begun
 from metahpo.training.checkpoint import CheckpointStore, write_atomically
 from metahpo.training.environment import versions
 from metahpo.training.interrupts import Interrupted, Interrupts
@@ -36,8 +37,9 @@ class TuningRun:
         self._saved = time.monotonic()
 
     def resume(self) -> None:
-        """Takes up the newest whole checkpoint; without one the tuning begins anew."""
+        """Takes up the newest whole checkpoint; a run that was killed before its first one begins again."""
         if not self.store.list():
+            check_begun(self.run_dir)
             return
         path, state, damaged = self.store.latest()
         for line in damaged:
@@ -54,8 +56,7 @@ class TuningRun:
             raise CheckpointError(f"{path}: cannot go on from it: {type(error).__name__}: {error}") from error
         self.tuner.iteration, self.tuner.history = state["iteration"], state["history"]
         self.tuner.warnings = dict.fromkeys(state["warnings"])
-        logged = {row.get("iteration"): row.get("seconds", 0.0) for row in self._log()}
-        self._seconds = [logged.get(row["iteration"], 0.0) for row in self.tuner.history]
+        self._seconds = CsvLog(self.run_dir / "metrics.csv").restore(self.tuner.history)
 
     def fit(self, until: int | None = None, each: Callable[[Row], None] | None = None) -> Result:
         """Makes the steps left, up to ``until`` in all. Ctrl-C or SIGTERM ends the current step, saves, and raises
@@ -85,17 +86,10 @@ class TuningRun:
             self.save()
         return result
 
-    def _log(self) -> list[Row]:
-        try:
-            return CsvLog(self.run_dir / "metrics.csv").read()
-        except DataError:
-            return []  # Only the seconds are lost: all else is in the checkpoint, and the file is written anew.
-
     def save(self) -> None:
         rows = [{**row, "seconds": round(s, 3)} for row, s in zip(self.tuner.history, self._seconds)]
         if not rows:
             return
-        CsvLog(self.run_dir / "metrics.csv").write(rows)
         state = {
             "iteration": self.tuner.iteration,
             "tuner": self.tuner.state_dict(),
@@ -103,5 +97,7 @@ class TuningRun:
             "warnings": list(self.tuner.warnings),
             "settings": self.settings,
         }
+        # The checkpoint first: a log without one is not gone on with, and resuming writes a log that lacks a row again.
         self.store.save(state, self.tuner.iteration)
+        CsvLog(self.run_dir / "metrics.csv").write(rows)
         self._saved = time.monotonic()

@@ -11,7 +11,6 @@ import pytest
 import torch
 
 from metahpo.errors import CheckpointError
-from metahpo.training import checkpoint
 from metahpo.training.checkpoint import (
     CheckpointStore,
     DamagedCheckpoint,

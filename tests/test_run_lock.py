@@ -1,0 +1,151 @@
+"""Run directories: one process at a time, nothing begun over a log, figures kept."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+from metahpo.cli import main
+from metahpo.errors import CheckpointError
+from metahpo.runs.lock import RUN_LOCK, FileLock, holding_run
+
+SINES = """
+data: {source: sinusoid, shots: 5, queries: 5, eval_queries: 5}
+net: {name: mlp, hidden: [8]}
+learner: {name: maml, steps: 1, inner_lr: 0.01}
+training: {epochs: 3, iterations: 2, tasks: 2, val_tasks: 2, test_tasks: 2, engine: loop, device: cpu}
+run_dir: out
+"""
+TUNE = """
+data: {source: digits, train: 60, val: 30, test: 30}
+net: {name: mlp, hidden: [4]}
+device: cpu
+tune: {steps: 3, phases: 1, iterations: 2}
+run_dir: tuned
+"""
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("made")
+    for name, text in (("sines", SINES), ("rates", TUNE)):
+        (folder / f"{name}.yaml").write_text(text)
+    assert main(["train", str(folder / "sines.yaml"), f"run_dir={folder / 'out'}"]) == 0
+    assert main(["tune", "rates", str(folder / "rates.yaml"), f"run_dir={folder / 'tuned'}"]) == 0
+    return folder
+
+
+@pytest.fixture
+def here(made, tmp_path, monkeypatch):
+    shutil.copytree(made, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    return tmp_path
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["train", "--resume", "out"],
+        ["train", "sines.yaml", "run_dir=fresh"],
+        ["evaluate", "out"],
+        ["report", "out"],
+        ["tune", "rates", "--resume", "tuned"],
+        ["tune", "rates", "rates.yaml", "run_dir=fresh"],
+    ],
+)
+def test_a_run_directory_that_another_process_holds_is_left_as_it_is(here, capsys, command):
+    folder = here / {"out": "out", "tuned": "tuned"}.get(command[-1], "fresh")
+    # As another process has it: not through the registry of this one.
+    with FileLock(folder / RUN_LOCK, "it"):
+        before = content(here)
+        capsys.readouterr()
+        assert main(command) == 2
+        assert content(here) == before
+    err = capsys.readouterr().err
+    assert f"metahpo: run directory {folder.name} is in use by process " in err
+    assert err.count("\n") == 1
+    assert not (folder / RUN_LOCK).exists()
+
+
+def test_the_lock_that_a_dead_process_left_is_no_obstacle(here):
+    (here / "out" / RUN_LOCK).write_text("process 1 on elsewhere")
+    assert main(["evaluate", "out", "--tasks", "3"]) == 0
+    assert not (here / "out" / RUN_LOCK).exists()
+
+
+def test_one_thread_may_hold_a_run_directory_twice_and_another_may_not(tmp_path):
+    raised = []
+
+    def other():
+        try:
+            with holding_run(tmp_path):
+                pass
+        except CheckpointError as error:
+            raised.append(str(error))
+
+    with holding_run(tmp_path):
+        with holding_run(tmp_path / "." / ".." / tmp_path.name):
+            pass
+        thread = threading.Thread(target=other)
+        thread.start()
+        thread.join()
+        assert (tmp_path / RUN_LOCK).exists()
+    assert "is in use by another thread" in raised[0]
+    with holding_run(tmp_path):
+        pass
+
+
+@pytest.mark.parametrize(("command", "folder"), [(["train"], "out"), (["tune", "rates"], "tuned")])
+def test_a_log_without_checkpoints_is_not_written_over(here, capsys, command, folder):
+    shutil.rmtree(here / folder / "checkpoints")
+    before = content(here)
+    capsys.readouterr()
+    assert main([*command, "--resume", folder]) == 2
+    err = capsys.readouterr().err
+    assert f"{folder} has metrics.csv and no checkpoint to go on from" in err and err.count("\n") == 1
+    assert content(here) == before
+
+
+@pytest.mark.parametrize(("command", "folder"), [(["train"], "out"), (["tune", "rates"], "tuned")])
+def test_a_run_killed_before_its_first_checkpoint_begins_again(here, command, folder):
+    for path in ("checkpoints", "report"):
+        shutil.rmtree(here / folder / path)
+    for name in ("metrics.csv", "test.json", "result.pt"):
+        (here / folder / name).unlink(missing_ok=True)
+    assert main([*command, "--resume", folder]) == 0
+    assert any((here / folder / "checkpoints").glob("*.pt"))
+
+
+@pytest.mark.parametrize(
+    ("damage", "command"),
+    [
+        ("truncated", ["report", "out"]),
+        ("empty", ["report", "out"]),
+        ("deleted", ["report", "out"]),
+        ("bytes", ["report", "out"]),
+        ("digit", ["train", "--resume", "out"]),
+        ("digit", ["tune", "rates", "--resume", "tuned"]),
+    ],
+)
+def test_a_damaged_log_is_written_again_from_the_checkpoint_and_said(here, capsys, command, damage):
+    log = here / command[-1] / "metrics.csv"
+    whole = log.read_bytes()
+    lines = whole.splitlines(keepends=True)
+    other = lines[0] + lines[1].replace(b",0.", b",7.", 1) + b"".join(lines[2:])
+    broken = {"digit": other, "truncated": whole[: len(lines[0]) + 5], "empty": b"", "bytes": b"\xff" + whole[1:]}
+    log.unlink() if damage == "deleted" else log.write_bytes(broken[damage])
+    capsys.readouterr()
+    assert main(command) == 0
+    err = capsys.readouterr().err
+    assert "metrics.csv" in err and "written again from the checkpoint" in err and err.count("\n") == 1
+    without = lambda text: [line.rpartition(b",")[0] for line in text.splitlines()]  # noqa: E731
+    assert without(log.read_bytes()) == without(whole)
