@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from metahpo.errors import HypergradientError
+from metahpo.checks import check_number
+from metahpo.errors import HypergradientArgumentError, HypergradientError
 from metahpo.functional.trees import Params
 from metahpo.hypergrad.base import (
     Hypergradient,
@@ -49,8 +50,9 @@ class FiniteDifference:
     epsilon: float = 0.01
 
     def __post_init__(self):
-        if not self.epsilon > 0:
-            raise HypergradientError(f"FiniteDifference: epsilon should be above 0, found {self.epsilon!r}")
+        object.__setattr__(
+            self, "epsilon", check_number(self, "epsilon", self.epsilon, above=0, error=HypergradientArgumentError)
+        )
 
     def __call__(
         self,

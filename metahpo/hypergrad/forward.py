@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from metahpo.errors import HypergradientError
+from metahpo.checks import check_whole
+from metahpo.errors import HypergradientArgumentError, HypergradientError
 from metahpo.functional.trees import Params
 from metahpo.hypergrad.base import (
     Hypergradient,
@@ -53,8 +54,10 @@ class Forward:
     chunk: int | None = None
 
     def __post_init__(self):
-        if self.chunk is not None and (type(self.chunk) is not int or self.chunk < 1):
-            raise HypergradientError(f"Forward: chunk should be None or at least 1, found {self.chunk!r}")
+        if self.chunk is not None:
+            object.__setattr__(
+                self, "chunk", check_whole(self, "chunk", self.chunk, at_least=1, error=HypergradientArgumentError)
+            )
 
     def __call__(
         self,

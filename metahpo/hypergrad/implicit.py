@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from metahpo.errors import HypergradientError, NonFiniteError
+from metahpo.checks import check_callable, check_flag, check_whole
+from metahpo.errors import HypergradientArgumentError, HypergradientError, NonFiniteError
 from metahpo.functional.trees import Params
 from metahpo.hypergrad.base import (
     Hypergradient,
@@ -53,8 +54,11 @@ class Implicit:
     warm_start: bool = True
 
     def __post_init__(self):
-        if type(self.batches) is not int or self.batches < 1:
-            raise HypergradientError(f"Implicit: batches should be a number of at least 1, found {self.batches!r}")
+        object.__setattr__(
+            self, "batches", check_whole(self, "batches", self.batches, at_least=1, error=HypergradientArgumentError)
+        )
+        check_callable(self, "solver", self.solver, "a solver such as CG()", error=HypergradientArgumentError)
+        check_flag(self, "warm_start", self.warm_start, error=HypergradientArgumentError)
 
     def __call__(
         self,

@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.func import vmap
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
-from metahpo.errors import HypergradientError, NonFiniteError
+from metahpo.checks import check_number, check_whole
+from metahpo.errors import HypergradientArgumentError, HypergradientError, NonFiniteError
 from metahpo.functional.trees import Params, map_tree
 from metahpo.hypergrad.base import (
     Hypergradient,
@@ -76,8 +77,12 @@ class PES:
     def __post_init__(self):
         if type(self.particles) is not int or self.particles < 2 or self.particles % 2:
             raise HypergradientError(f"PES: particles should be an even number of at least 2, found {self.particles!r}")
-        if not self.sigma > 0:
-            raise HypergradientError(f"PES: sigma should be above 0, found {self.sigma!r}")
+        object.__setattr__(
+            self, "sigma", check_number(self, "sigma", self.sigma, above=0, error=HypergradientArgumentError)
+        )
+        object.__setattr__(
+            self, "seed", check_whole(self, "seed", self.seed, at_least=0, error=HypergradientArgumentError)
+        )
         if self.telescoping and not self.persistent:
             raise HypergradientError("PES: telescoping needs persistent=True, which carries the losses on")
 

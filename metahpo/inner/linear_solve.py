@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
-from metahpo.errors import NetError
+from metahpo.checks import check_flag, check_number, check_whole
+from metahpo.errors import NetArgumentError, NetError
 from metahpo.functional.levels import levels
 
 # (tree of tensors, v [n]) -> A v [n]; A is symmetric and positive definite, and depends on the tree.
@@ -36,8 +37,10 @@ class ConjugateGradients:
     truncate: bool = False
 
     def __post_init__(self):
-        if type(self.steps) is not int or self.steps < 1:
-            raise NetError(f"ConjugateGradients: steps should be a whole number of at least 1, found {self.steps!r}")
+        check_whole(self, "steps", self.steps, at_least=1, error=NetArgumentError)
+        if self.tolerance is not None:
+            check_number(self, "tolerance", self.tolerance, at_least=0, below=1, error=NetArgumentError)
+        check_flag(self, "truncate", self.truncate, error=NetArgumentError)
 
     def __call__(self, product: Callable[[Tensor], Tensor], b: Tensor) -> Tensor:
         """x [n] for b [n]; nothing differentiates through it."""

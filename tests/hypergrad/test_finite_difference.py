@@ -121,5 +121,5 @@ def test_refuses_a_rule_that_needs_the_loss_and_an_epsilon_of_zero():
     problem, _, outer_loss, params, hparams, batches = a_problem(SGD(0.1))
     with pytest.raises(HypergradientError, match=r"Needy computes with the loss itself.* Unroll\(truncate=1\)"):
         FiniteDifference()(problem, Needy(), outer_loss, params, hparams, batches)
-    with pytest.raises(HypergradientError, match="epsilon should be above 0, found 0"):
+    with pytest.raises(HypergradientError, match="epsilon should be a number above 0, found 0"):
         FiniteDifference(0)

@@ -142,7 +142,7 @@ def test_keeps_nothing_of_a_step(small_problem):
 
 def test_refuses_what_it_cannot_do(small_problem):
     problem, rule, outer_loss, params, hparams, batches = small_problem()
-    with pytest.raises(HypergradientError, match="chunk should be None or at least 1, found 0"):
+    with pytest.raises(HypergradientError, match="chunk should be a whole number of at least 1, found 0"):
         Forward(0)
     arguments = (problem, rule, outer_loss, params)
     with pytest.raises(HypergradientError, match="its memory is Tensor, expected that of Forward"):

@@ -232,7 +232,7 @@ def test_refuses_what_would_be_silently_wrong():
         ridge.at_minimum(Implicit(), state=InnerState(None, 0, torch.ones(7)))
     with pytest.raises(HypergradientError, match="batches: found none"):
         Implicit()(*arguments, [], InnerState(None, 0))
-    with pytest.raises(HypergradientError, match="Implicit: batches should be a number of at least 1, found 0"):
+    with pytest.raises(HypergradientError, match="Implicit: batches should be a whole number of at least 1, found 0"):
         Implicit(batches=0)
     with pytest.raises(HypergradientError, match="FixedPoint: the state of Growing changes its shapes"):
         Implicit(FixedPoint())(ridge.problem, Growing(0.1).double(), *arguments[2:], ridge.batches)

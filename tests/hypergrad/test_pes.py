@@ -160,7 +160,7 @@ def test_refuses_what_it_cannot_do():
     for arguments, match in [
         ((3, 0.1), "particles should be an even number of at least 2, found 3"),
         ((0, 0.1), "found 0"),
-        ((2, 0.0), "sigma should be above 0, found 0.0"),
+        ((2, 0.0), "sigma should be a number above 0, found 0.0"),
         ((2, 0.1, 0, False, True), "telescoping needs persistent=True"),
     ]:
         with pytest.raises(HypergradientError, match=match):

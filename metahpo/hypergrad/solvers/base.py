@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar, Literal, Protocol
@@ -10,7 +9,8 @@ from typing import ClassVar, Literal, Protocol
 import torch
 from torch import Tensor
 
-from metahpo.errors import HypergradientError
+from metahpo.checks import check_number, check_whole
+from metahpo.errors import HypergradientArgumentError
 
 # A matrix, never formed: vector [P] -> vector [P].
 Product = Callable[[Tensor], Tensor]
@@ -69,16 +69,21 @@ def relative(residual: Tensor, rhs: Tensor) -> Tensor:
 
 
 def check_settings(solver: object, count: str = "steps", *positive: str) -> None:
-    """Raises HypergradientError for settings that no solver can have.
+    """Makes the settings Python's own numbers; raises HypergradientError for those that no solver can have.
 
     count: the name of a whole number of at least 1; positive: of numbers that should be above zero.
     """
-    name, settings = type(solver).__name__, vars(solver)
-    if type(settings[count]) is not int or settings[count] < 1:
-        raise HypergradientError(f"{name}: {count} should be a number of at least 1, found {settings[count]!r}")
-    for key in ("tolerance", "damping"):
-        if not settings.get(key, 0) >= 0:
-            raise HypergradientError(f"{name}: {key} should be at least 0, found {settings[key]!r}")
-    for key in positive:
-        if not 0 < settings[key] < math.inf:
-            raise HypergradientError(f"{name}: {key} should be above 0 and finite, found {settings[key]!r}")
+    bounds: dict[str, dict[str, float]] = {
+        # At a tolerance of 1 zero is a solution, and so the gradient.
+        "tolerance": {"at_least": 0, "below": 1},
+        "damping": {"at_least": 0},
+        **{key: {"above": 0} for key in positive},
+    }
+    settings = vars(solver)
+    whole = {count: 1, "seed": 0}
+    for key in whole.keys() & settings.keys():
+        value = check_whole(solver, key, settings[key], at_least=whole[key], error=HypergradientArgumentError)
+        object.__setattr__(solver, key, value)
+    for key in bounds.keys() & settings.keys():
+        value = check_number(solver, key, settings[key], **bounds[key], error=HypergradientArgumentError)
+        object.__setattr__(solver, key, value)

@@ -8,11 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from metahpo.checks import check_flag, check_number
+from metahpo.errors import NetArgumentError
 from metahpo.functional.trees import Params
 
 RuleState = Any
 # The hyperparameters of one tensor at one step, by name.
 Hyper = Mapping[str, Tensor]
+_NOT_NEGATIVE = ("lr", "momentum", "weight_decay", "lr_decay", "eps", "damping", "beta1", "beta2", "alpha", "rho")
 # In the state of a tensor: the number of steps whose loss did not use it, where there were any.
 _SKIPPED = "skipped"
 
@@ -41,9 +44,13 @@ class UpdateRule(nn.Module):
 
     def add_scalars(self, learnable: bool, **values: float | None) -> None:
         """Makes each value a hyperparameter, a scalar ``nn.Parameter`` of torch's default type; None: it is absent."""
+        check_flag(self, "learnable", learnable, error=NetArgumentError)
         for name, value in values.items():
             if value is not None:
-                self.register_parameter(name, nn.Parameter(torch.tensor(float(value)), requires_grad=learnable))
+                # No optimiser has one of these below zero; another may be of any sign.
+                low = 0 if name in _NOT_NEGATIVE else None
+                number = check_number(self, name, value, at_least=low, error=NetArgumentError)
+                self.register_parameter(name, nn.Parameter(torch.tensor(number), requires_grad=learnable))
 
 
 class PerTensorRule(UpdateRule):

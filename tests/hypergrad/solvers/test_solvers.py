@@ -117,13 +117,18 @@ def test_divergence_shows_in_the_residual(solver):
 
 def test_refuses_settings_that_no_solver_can_have():
     for make, match in (
-        (lambda: CG(0), "CG: steps should be a number of at least 1, found 0"),
-        (lambda: CG(tolerance=-1.0), "CG: tolerance should be at least 0, found -1.0"),
-        (lambda: CG(damping=-1.0), "CG: damping should be at least 0, found -1.0"),
-        (lambda: Neumann(scale=0.0), "Neumann: scale should be above 0 and finite, found 0.0"),
-        (lambda: FixedPoint(1.5), "FixedPoint: steps should be a number of at least 1, found 1.5"),
-        (lambda: Nystrom(0), "Nystrom: rank should be a number of at least 1, found 0"),
-        (lambda: Nystrom(damping=0.0), "Nystrom: damping should be above 0 and finite, found 0.0"),
+        (lambda: CG(tolerance=1.5), "CG: tolerance should be a number of at least 0 and below 1, found 1.5"),
+        (lambda: CG(tolerance=float("inf")), "CG: tolerance should be .* found inf"),
+        (lambda: Neumann(tolerance=float("nan")), "Neumann: tolerance should be .* found nan"),
+        (lambda: Nystrom(seed=True), "Nystrom: seed should be a whole number of at least 0, found True"),
+        (lambda: CG(damping="0.1"), "CG: damping should be a number of at least 0, found '0.1'"),
+        (lambda: CG(0), "CG: steps should be a whole number of at least 1, found 0"),
+        (lambda: CG(tolerance=-1.0), "CG: tolerance should be a number of at least 0 and below 1, found -1.0"),
+        (lambda: CG(damping=-1.0), "CG: damping should be a number of at least 0, found -1.0"),
+        (lambda: Neumann(scale=0.0), "Neumann: scale should be a number above 0, found 0.0"),
+        (lambda: FixedPoint(1.5), "FixedPoint: steps should be a whole number of at least 1, found 1.5"),
+        (lambda: Nystrom(0), "Nystrom: rank should be a whole number of at least 1, found 0"),
+        (lambda: Nystrom(damping=0.0), "Nystrom: damping should be a number above 0, found 0.0"),
     ):
         with pytest.raises(HypergradientError, match=match):
             make()
