@@ -6,83 +6,62 @@ batch-norm weights and biases (BNWB).
 
 from __future__ import annotations
 
+import functools
+from collections import defaultdict
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.lazy import LazyModuleMixin
 
 from metahpo import native
 from metahpo.errors import NetError
 from metahpo.functional.copies import copied
 
-_CONVERTED = {nn.BatchNorm1d: (2, 3), nn.BatchNorm2d: (4,), nn.BatchNorm3d: (5,)}
+_AFFINE, _STATISTICS = ("weight", "bias"), ("running_mean", "running_var", "num_batches_tracked")
 
 
-class PerStepBatchNorm(nn.Module):
-    """Batch normalisation over dimension 1 with one row of state an inner step; drop-in for ``BatchNorm1d/2d/3d``.
+class PerStepBatchNorm(_BatchNorm):
+    """Batch normalisation over dimension 1 with one row of state an inner step, as ``convert_batch_norm`` makes it of a
+    batch norm of torch's: an instance of that layer's class too, with all that the layer carried.
 
     ``weight`` and ``bias`` are [affine_rows, C], ``running_mean`` and ``running_var`` [statistics_rows, C]; step k uses
-    row min(k, rows - 1), so one row is ordinary batch normalisation. Which step is running, and whether to normalise
-    with the statistics of the batch or with the running ones, is set by ``FunctionalModule`` before a call (``step``,
-    ``inductive``).
+    row min(k, rows - 1), so one row is ordinary batch normalisation. A tensor [C] is the one row of all steps. Which
+    step is running, and whether to normalise with the statistics of the batch or with the running ones, is set by
+    ``FunctionalModule`` before a call (``step``, ``inductive``).
 
     As in the authors' program the batch's own statistics normalise in training and in evaluation alike (transductive);
-    ``inductive`` uses the running ones, which training mode updates. Buffers are replaced, never written in place, so
-    the module runs under ``vmap`` and the new ones can be handed out.
+    ``inductive`` uses the running ones, which training mode updates: an average with ``momentum``, or where that is
+    None the mean of all batches, which ``num_batches_tracked`` [statistics_rows] counts. ``frozen_statistics``: always
+    the running ones, which never change, as torch does in a layer that stays in ``eval()`` while its net trains.
+    Buffers are replaced, never written in place, so the module runs under ``vmap`` and the new ones can be handed out.
     """
 
-    def __init__(
-        self,
-        num_features: int,
-        *,
-        statistics_rows: int = 1,
-        affine_rows: int = 1,
-        affine: bool = True,
-        eps: float = 1e-5,
-        momentum: float = 0.1,
-        dims: tuple[int, ...] = (2, 3, 4, 5),
-    ):
-        super().__init__()
-        self.num_features, self.eps, self.momentum, self.dims = num_features, eps, momentum, dims
-        self.weight = nn.Parameter(torch.ones(affine_rows, num_features)) if affine else None
-        self.bias = nn.Parameter(torch.zeros(affine_rows, num_features)) if affine else None
-        self.running_mean = torch.nn.Buffer(torch.zeros(statistics_rows, num_features))
-        self.running_var = torch.nn.Buffer(torch.ones(statistics_rows, num_features))
-        self.step, self.inductive = 0, False
+    step: int
+    inductive: bool
+    frozen_statistics: bool
+    # Names in the state dict that checkpoints of before the class kept them do not have.
+    optional_state: tuple[str, ...]
+    # Whether training updates the running statistics; whether it counts batches; whether the layer had statistics when
+    # it was converted; its class then.
+    _tracks: bool
+    _counts: bool
+    _had_statistics: bool
+    _kind: type[_BatchNorm]
 
-    @classmethod
-    def from_batch_norm(cls, norm: _BatchNorm, statistics_rows: int, affine_rows: int):
-        """The same normalisation with every row a copy of ``norm``'s scale, shift and running statistics.
-
-        A layer without running statistics gets them; one that averages them over all batches (momentum None) gets
-        torch's usual momentum of 0.1 instead.
-        """
-        new = cls(
-            norm.num_features,
-            statistics_rows=statistics_rows,
-            affine_rows=affine_rows,
-            affine=norm.affine,
-            eps=norm.eps,
-            momentum=0.1 if norm.momentum is None else norm.momentum,
-            dims=_CONVERTED[type(norm)],
-        )
-        with torch.no_grad():
-            for name, old in [*norm.named_parameters(), *norm.named_buffers()]:
-                if name == "num_batches_tracked":
-                    continue
-                rows = getattr(new, name)
-                setattr(new, name, _like(old, old.detach().expand(rows.shape[0], -1).clone()))
-        return new.train(norm.training)
-
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         # Under autocast x is of a lower type than the statistics; torch's kernels have no second derivative of the mix.
-        return self._normalise(x.to(self.running_mean.dtype)).to(x.dtype)
+        return self._normalise(input.to(self.running_mean.dtype)).to(input.dtype)
 
     def _normalise(self, x: Tensor) -> Tensor:
-        if x.dim() not in self.dims:
-            raise NetError(f"batch norm expects {' or '.join(f'{d}D' for d in self.dims)} input, got {x.dim()}D")
+        try:
+            self._check_input_dim(x)
+        except ValueError as error:
+            raise NetError(f"batch norm {error}") from None
         scale, shift = (None if rows is None else self._row(rows) for rows in (self.weight, self.bias))
         mean, var = self._row(self.running_mean), self._row(self.running_var)
-        if self.inductive:
+        if self.inductive or self.frozen_statistics:
             return torch.batch_norm(x, scale, shift, mean, var, False, 0.0, self.eps, False)
         if x.numel() <= x.shape[1]:
             raise NetError(
@@ -93,10 +72,14 @@ class PerStepBatchNorm(nn.Module):
             self._update(mean, var, batch_mean.detach(), batch_rstd.detach(), x.numel() // x.shape[1])
         return out
 
+    def hold(self, frozen: bool) -> None:
+        """Sets ``frozen_statistics``, where the layer had statistics: one without has nothing else than the batch's."""
+        self.frozen_statistics = frozen and self._had_statistics
+
     def fusible(self, x: Tensor) -> bool:
         """Whether ``fused`` can normalise ``x``: an image batch, by its own statistics."""
-        fits = x.dim() == 4 and 4 in self.dims and x.shape[1] == self.num_features
-        return not self.inductive and fits and x.numel() > x.shape[1]
+        fits = x.dim() == 4 and issubclass(self._kind, nn.BatchNorm2d) and x.shape[1] == self.num_features
+        return not self.inductive and not self.frozen_statistics and fits and x.numel() > x.shape[1]
 
     def fused(self, x: Tensor, slope: float, pool: int) -> Tensor:
         """``forward``, then a leaky ReLU of ``slope`` and max pooling by ``pool`` (1 or 2), in one C kernel."""
@@ -108,40 +91,117 @@ class PerStepBatchNorm(nn.Module):
         return out
 
     def _row(self, rows: Tensor) -> Tensor:
-        return rows[min(self.step, rows.shape[0] - 1)]
+        return rows if rows.dim() == 1 else rows[min(self.step, rows.shape[0] - 1)]
 
     def _update(self, mean: Tensor, var: Tensor, batch_mean: Tensor, batch_rstd: Tensor, count: int) -> None:
+        if not self._tracks:
+            return
+        momentum: Any = self.momentum
+        if self._counts:
+            self.num_batches_tracked, seen = self._counted(self.num_batches_tracked)
+            momentum = seen.to(mean.dtype).reciprocal() if momentum is None else momentum
         # As torch does: the running variance averages the unbiased estimate.
         batch_var = (batch_rstd.pow(-2) - self.eps) * (count / (count - 1))
-        self.running_mean = self._replace(self.running_mean, torch.lerp(mean, batch_mean.to(mean.dtype), self.momentum))
-        self.running_var = self._replace(self.running_var, torch.lerp(var, batch_var.to(var.dtype), self.momentum))
+        self.running_mean = self._replace(self.running_mean, torch.lerp(mean, batch_mean.to(mean.dtype), momentum))
+        self.running_var = self._replace(self.running_var, torch.lerp(var, batch_var.to(var.dtype), momentum))
+
+    def _counted(self, counts: Tensor) -> tuple[Tensor, Tensor]:
+        """The counts of batches with one more in this step's, and that one."""
+        if counts.dim() == 0:
+            return counts + 1, counts + 1
+        row = min(self.step, counts.shape[0] - 1)
+        seen = counts[row] + 1
+        return torch.cat([counts[:row], seen.unsqueeze(0), counts[row + 1 :]]), seen
 
     def _replace(self, rows: Tensor, new: Tensor) -> Tensor:
+        if rows.dim() == 1:
+            return new
         row = min(self.step, rows.shape[0] - 1)
         return torch.cat([rows[:row], new.unsqueeze(0), rows[row + 1 :]])
 
+    def _load_from_state_dict(self, state_dict, prefix, *args) -> None:  # type: ignore[override]
+        for name in self.optional_state:
+            state_dict.setdefault(prefix + name, getattr(self, name))
+        # Not torch's own method, which adds a count of batches where there is none.
+        nn.Module._load_from_state_dict(self, state_dict, prefix, *args)
+
+    def __reduce_ex__(self, protocol):
+        # The class is made when it is needed, so that pickle finds it by the one it was made of.
+        return _empty, (self._kind,), *super().__reduce_ex__(protocol)[2:]
+
     def extra_repr(self) -> str:
-        return f"{self.num_features}, statistics_rows={self.running_mean.shape[0]}, eps={self.eps}"
+        rows = self.running_mean.numel() // self.num_features
+        return f"{self.num_features}, statistics_rows={rows}, eps={self.eps}"
 
 
 def convert_batch_norm(net: nn.Module, *, statistics_rows: int = 1, affine_rows: int = 1) -> nn.Module:
-    """A deep copy of ``net`` in which every ``BatchNorm1d/2d/3d`` is a ``PerStepBatchNorm``; ``net`` is left as it was.
+    """A deep copy of ``net`` in which every batch norm is a ``PerStepBatchNorm``; ``net`` is left as it was.
 
-    A layer used in several places stays one layer. Subclasses of the three (synchronised, lazy) are left alone.
+    A batch norm is any module of torch's ``BatchNorm1d/2d/3d`` and ``SyncBatchNorm`` or of a subclass that keeps their
+    forward method. It stays the module it was: registered where it was, with its hooks, attributes, further parameters
+    and parametrizations. A tensor that other layers hold too, or that is computed from others, has no rows by step.
     """
     net = copied(net)
-    converted: dict[nn.Module, nn.Module] = {}
-    for parent in list(net.modules()):
-        for name, child in list(parent._modules.items()):
-            if isinstance(child, _BatchNorm) and type(child) in _CONVERTED:
-                if child not in converted:
-                    converted[child] = PerStepBatchNorm.from_batch_norm(child, statistics_rows, affine_rows)
-                parent._modules[name] = converted[child]
-    if isinstance(net, _BatchNorm) and type(net) in _CONVERTED:
-        return PerStepBatchNorm.from_batch_norm(net, statistics_rows, affine_rows)
+    norms = [module for module in net.modules() if _convertible(module)]
+    owners: dict[int, set[nn.Module]] = defaultdict(set)
+    for module in net.modules():
+        for tensor in [*module._parameters.values(), *module._buffers.values()]:
+            owners[id(tensor)].add(module)
+    rows_of: dict[int, Tensor] = {}
+    for norm in norms:
+        # Other classes were not converted once, and checkpoints hold their tensors as they are.
+        plain = type(norm) in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+        _complete(norm, plain)
+        for names, rows in ((_AFFINE, affine_rows), (_STATISTICS, statistics_rows)):
+            for tensors in (norm._parameters, norm._buffers):
+                for name in names:
+                    tensor = tensors.get(name)
+                    if tensor is None or not owners[id(tensor)] <= set(norms) or not (plain or rows > 1):
+                        continue
+                    if id(tensor) not in rows_of:
+                        rows_of[id(tensor)] = _expanded(tensor, rows)
+                    tensors[name] = rows_of[id(tensor)]
+    for norm in norms:
+        norm._kind, norm.__class__ = type(norm), _per_step(type(norm))
     return net
 
 
-def _like(old: Tensor, value: Tensor) -> Tensor:
-    """``value`` as a parameter where ``old`` is one, frozen where it is frozen."""
+def _convertible(module: nn.Module) -> bool:
+    plain = type(module).forward in (_BatchNorm.forward, nn.SyncBatchNorm.forward) and "forward" not in vars(module)
+    return isinstance(module, _BatchNorm) and plain and not isinstance(module, LazyModuleMixin)
+
+
+def _complete(norm: Any, plain: bool) -> None:
+    """Gives ``norm`` the running statistics and the settings that a ``PerStepBatchNorm`` has."""
+    norm._had_statistics = norm.running_mean is not None
+    norm._tracks = norm.track_running_stats or not norm._had_statistics
+    norm.step, norm.inductive, norm.frozen_statistics = 0, False, False
+    like = next((t for t in [*norm.parameters(), *norm.buffers()] if t.is_floating_point()), torch.empty(0))
+    optional = []
+    if not norm._had_statistics:
+        norm.running_mean = nn.Buffer(like.new_zeros(norm.num_features))
+        norm.running_var = nn.Buffer(like.new_ones(norm.num_features))
+        optional += [] if plain else ["running_mean", "running_var"]
+    if norm.momentum is None:
+        if norm.num_batches_tracked is None:
+            norm.num_batches_tracked = nn.Buffer(torch.zeros((), dtype=torch.long, device=like.device))
+        optional.append("num_batches_tracked")
+    elif plain:
+        norm.num_batches_tracked = None  # Which nothing would read.
+    norm._counts, norm.optional_state = norm.num_batches_tracked is not None, tuple(optional)
+
+
+def _expanded(old: Tensor, rows: int) -> Tensor:
+    """``rows`` copies of ``old``, a parameter where ``old`` is one, frozen where it is frozen."""
+    value = old.detach().expand(rows, *old.shape).clone()
     return nn.Parameter(value, requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else value
+
+
+@functools.cache
+def _per_step(kind: type[_BatchNorm]) -> type[PerStepBatchNorm]:
+    return type(kind.__name__, (PerStepBatchNorm, kind), {"__module__": kind.__module__})
+
+
+def _empty(kind: type[_BatchNorm]) -> PerStepBatchNorm:
+    made = _per_step(kind)
+    return made.__new__(made)

@@ -24,6 +24,7 @@ from metahpo.functional.kernels import is_recurrent, twice_differentiable
 from metahpo.functional.strays import refuse_strays
 from metahpo.functional.swap import call_with
 from metahpo.functional.trees import Params
+from metahpo.functional.writes import refuse_writes
 
 
 class FunctionalModule(nn.Module):
@@ -32,13 +33,17 @@ class FunctionalModule(nn.Module):
     net: the net; it is copied, and its batch-norm layers become ``PerStepBatchNorm`` with ``statistics_rows`` and
     ``affine_rows`` rows (1: ordinary batch norm). ``self.net`` is the copy, whose parameters are the initial ones.
 
+    Modules in ``eval()`` while the net was in training mode stay so in training, and so do those that the net's own
+    ``train()`` keeps there: a batch norm among them always normalises with its running statistics, which stay.
+
     Parameters that do not require grad are frozen: part of the net, absent from ``params()``. A tensor shared by
     several layers (tied weights) appears once, under its first name, and stays tied in every call.
 
     Raises NetError for lazy modules that have not run yet, and at the first call for a net that checkpoints activations
     inside: the recomputation would read the net's own weights instead of the ones given, which is silently wrong. The
     same at the first two calls for a net that reaches weights which require grad past its registered parameters (a
-    Python list, a function or a hook over ``self``): they would neither adapt nor learn.
+    Python list, a function or a hook over ``self``): they would neither adapt nor learn; and for one that writes into
+    its parameters, as ``Embedding`` with max_norm does: its initial weights would change.
     """
 
     def __init__(self, net: nn.Module, *, statistics_rows: int = 1, affine_rows: int = 1):
@@ -49,6 +54,8 @@ class FunctionalModule(nn.Module):
         self.net = convert_batch_norm(net, statistics_rows=statistics_rows, affine_rows=affine_rows)
         self._norms = [m for m in self.net.modules() if isinstance(m, PerStepBatchNorm)]
         self.seen = Seen()
+        self._evaluating = [m for m in self.net.modules() if not m.training] if net.training else []
+        self._set_mode(True)
         self._recurrent = is_recurrent(self.net)
         # The type to which autocast lowers what it can of the net's forward pass, or None. It is entered in every call
         # and not around several, as autocast is a thread's own, and a backward pass may call again from another.
@@ -69,10 +76,23 @@ class FunctionalModule(nn.Module):
         """Runs the net on the C kernels from now on, where they can stand in (``metahpo.functional.fused``)."""
         fuse(self.net)
 
+    def train(self, mode: bool = True) -> FunctionalModule:
+        self.training = mode
+        self._set_mode(mode)
+        return self
+
+    def _set_mode(self, training: bool) -> None:
+        self.net.train(training)
+        if training:
+            for module in self._evaluating:
+                module.training = False
+            for norm in self._norms:
+                norm.hold(not norm.training)
+
     @property
     def batch_dependent(self) -> bool:
         """Whether an output depends on the rest of its batch, through batch normalisation."""
-        return bool(self._norms)
+        return not all(norm.frozen_statistics for norm in self._norms)
 
     def params(self) -> Params:
         """The trainable parameters by dotted name (the net's own tensors, not copies)."""
@@ -80,8 +100,8 @@ class FunctionalModule(nn.Module):
 
     def norm_names(self) -> set[str]:
         """The names of the batch-norm scales and shifts."""
-        norms = {name for name, m in self.net.named_modules() if isinstance(m, PerStepBatchNorm)}
-        return {name for name in self.params() if name.rpartition(".")[0] in norms}
+        norms = {id(p) for norm in self._norms for p in norm.parameters()}
+        return {name for name, p in self.params().items() if id(p) in norms}
 
     def buffers_by_name(self) -> Params:
         """The net's buffers (running statistics and others) by dotted name."""
@@ -109,12 +129,11 @@ class FunctionalModule(nn.Module):
         """
         state = {**self._resolve(params), **buffers}
         if self.net.training != training:
-            self.net.train(training)
+            self._set_mode(training)
         for norm in self._norms:
             norm.step, norm.inductive = step, inductive
-        if training:
-            # Those of layers that may write in place (spectral norm, tracking instance norm); ours never does.
-            state |= {name: buffers[name].clone() for name in self._foreign_buffers if name in buffers}
+        # Those of layers that may write in place (spectral norm, tracking instance norm); ours never does.
+        state |= {name: buffers[name].clone() for name in self._foreign_buffers if name in buffers}
         # There is one profile hook: where a profiler has it, or a compiler is at work, a later call looks.
         kind = (training, torch.is_grad_enabled(), threading.get_ident())
         # The second call too: what the first left behind may be in its way.
@@ -123,6 +142,7 @@ class FunctionalModule(nn.Module):
         with (
             formulas,
             refuse_checkpointing(self.net) if watch else nullcontext(),
+            refuse_writes(self.net, params) if watch else nullcontext(),
             refuse_strays(self.net, state, inputs) if watch and kind[1] else nullcontext([]) as outputs,
             twice_differentiable(self._recurrent),
             batched_convolutions(inputs),

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from metahpo.errors import NetError
 from metahpo.functional import FunctionalModule, Params
 from metahpo.learners.accuracy import accuracy
 from metahpo.learners.phase import Phase
@@ -125,12 +126,16 @@ class MetaLearner(nn.Module):
     def changed(self, buffers: Params) -> Params:
         """Those buffers of ``self.module`` (a FunctionalModule) that a call replaced, by their names in the learner."""
         own = cast(FunctionalModule, self.module).buffers_by_name() if buffers else {}
-        floats = {name: b for name, b in buffers.items() if b is not own[name] and b.is_floating_point()}
-        return {f"module.net.{name}": b.detach() for name, b in floats.items()}
+        return {f"module.net.{name}": b.detach() for name, b in buffers.items() if b is not own[name]}
 
     @torch.no_grad()
     def update_buffers(self, buffers: Params) -> None:
-        """Takes over new values of buffers, by dotted name."""
+        """Takes over new values of buffers, by dotted name. Raises NetError for one that changed its shape."""
         own = dict(self.named_buffers())
         for name, value in buffers.items():
+            if own[name].shape != value.shape:
+                raise NetError(
+                    f"buffer {name!r} became {list(value.shape)} in training, expected {list(own[name].shape)}; a "
+                    "buffer must keep its shape"
+                )
             own[name].copy_(value)

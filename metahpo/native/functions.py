@@ -209,11 +209,11 @@ def _conv(x: Tensor, w: Tensor, b: Tensor | None, *, transposed: bool = False, o
 def _conv_weight(x: Tensor, gy: Tensor, shape: torch.Size, has_bias: bool) -> tuple[Tensor, Tensor | None]:
     x, gy = _images(x), _images(gy)
     outputs, inputs, size, _ = shape
-    gw = x.new_empty(size, size, inputs, outputs)
+    gw = x.new_empty_strided(shape, (1, outputs, size * inputs * outputs, inputs * outputs))
     gb = x.new_empty(outputs) if has_bias else None
     n, _, height, width = x.shape
     failed = _library(x).conv_weight(*_pointers(x, gy, gw, gb), n, height, width, inputs, outputs, size)
-    return _checked(gw, failed).permute(3, 2, 0, 1), gb
+    return _checked(gw, failed), gb
 
 
 def _checked(result: Tensor, failed: int) -> Tensor:
@@ -242,7 +242,8 @@ def _taps(w: Tensor) -> Tensor:
 
 
 def _empty(like: Tensor, n: int, c: int, h: int, w: int) -> Tensor:
-    return like.new_empty(n, h, w, c).permute(0, 3, 1, 2)
+    # Not a permuted tensor: autograd lets no view that a Function returns be changed in place, as layers may.
+    return like.new_empty_strided((n, c, h, w), (h * w * c, 1, w * c, c))
 
 
 def _sizes(y: Tensor) -> tuple[Any, ...]:

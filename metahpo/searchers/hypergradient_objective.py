@@ -96,7 +96,7 @@ class HypergradientObjective:
         rule, hparams, _ = self._given(settings)
         others, own = split(hparams)
         rule.load_state_dict({**rule.state_dict(), **own})
-        net = copied(self.module.net).train()
+        net = copied(self.module).train().net
         params = {name: p for name, p in net.named_parameters() if p.requires_grad}
         state = rule.init(params)
         with seeded(self.seed, device=self.val.x.device):

@@ -151,7 +151,12 @@ def _check_entries(data: bytes, path: Path) -> None:
 def load_learner(learner: torch.nn.Module, state: Mapping[str, torch.Tensor], where: str | Path) -> None:
     """``learner.load_state_dict`` with an error that names the first entry which does not fit."""
     own = learner.state_dict()
+    optional = {
+        f"{name}.{key}" for name, module in learner.named_modules() for key in getattr(module, "optional_state", ())
+    }
     for name in [*own, *state]:
+        if name in optional and name not in state:
+            continue
         found, expected = _shape(state, name), _shape(own, name)
         if found != expected:
             raise CheckpointError(f"{where} does not fit the learner: {name!r} is {found}, expected {expected}")

@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
 from metahpo import torchrun
 from metahpo.errors import MetaHPOError, RankError, one_line
+from metahpo.functional.buffers import is_running_average
 from metahpo.functional.trees import Params, join
 from metahpo.training.engines import MetaGradient
 
@@ -52,7 +53,8 @@ class Ranks:
         return numbers[len(numbers) * self.rank // self.size : len(numbers) * (self.rank + 1) // self.size]
 
     def mean(self, result: MetaGradient, numbers: range, signum: int | None) -> tuple[MetaGradient, Tensor | None]:
-        """The result over the batch ``numbers`` from each rank's over its ``share``: means weighted by tasks.
+        """The result over the batch ``numbers`` from each rank's over its ``share``: means weighted by tasks, and
+        of buffers that are no running statistics those that the last task left.
 
         One collective for each dtype among the result's tensors (as a rule one) carries everything. signum: the signal
         that this rank was asked to stop by. Returns also the signals of all ranks, [size], 0 for none, on the result's
@@ -67,11 +69,20 @@ class Ranks:
         signals = result.losses.new_zeros(self.size)
         if signum:
             signals[self.rank] = signum
-        leaves, spec = tree_flatten((result.loss, result.grads, result.metrics))
+        buffers = result.metrics.get("buffers", {})
+        states_of = {name: b for name, b in buffers.items() if not is_running_average(name, b)}
+        averages = {name: b for name, b in buffers.items() if name not in states_of}
+        leaves, spec = tree_flatten((result.loss, result.grads, {**result.metrics, "buffers": averages}))
         weight = len(own) / len(numbers)
         parts = [leaf * weight if own else torch.zeros_like(leaf) for leaf in leaves]
-        *means, losses, signals = self._sums([*parts, losses, signals])
+        # Of the other buffers those of the last task's rank, as bytes, since not every type has sums.
+        last = bool(own) and own[-1] == numbers[-1]
+        states = [b.contiguous().reshape(-1).view(torch.uint8) * last for b in states_of.values()]
+        sums = self._sums([*parts, losses, signals, *states])
+        means, (losses, signals), states = sums[: len(parts)], sums[len(parts) : len(parts) + 2], sums[len(parts) + 2 :]
         loss, grads, metrics = tree_unflatten(means, spec)
+        if states_of:
+            metrics["buffers"] |= {n: s.clone().view(b.dtype).view(b.shape) for s, (n, b) in zip(states, states_of.items())}
         return MetaGradient(loss, grads, metrics, losses), signals
 
     @torch.no_grad()

@@ -20,8 +20,9 @@ def with_weights(net: nn.Module, params: Params, buffers: Params | None = None) 
     net = copied(net).eval()
     own = {**dict(net.named_parameters()), **dict(net.named_buffers())}
     with torch.no_grad():
-        for name, tensor in {**params, **(buffers or {})}.items():
-            # A batch norm of a FunctionalModule has a row for each inner step, here one.
+        # A batch norm of a FunctionalModule has a row for each inner step, here one, and always running statistics.
+        known = {name: b for name, b in (buffers or {}).items() if name in own}
+        for name, tensor in {**params, **known}.items():
             own[name].copy_(tensor.view_as(own[name]))
     return net
 

@@ -8,6 +8,7 @@ from typing import NamedTuple, Protocol
 from torch import Tensor
 
 from metahpo.functional import Params
+from metahpo.functional.buffers import merged_buffers
 from metahpo.functional.trees import map_tree, stack_trees
 from metahpo.learners.base import MetaLearner, Metrics
 from metahpo.learners.phase import Phase
@@ -18,8 +19,8 @@ class MetaGradient(NamedTuple):
     """The outer gradient of a batch of T tasks.
 
     loss: the mean over tasks, scalar; grads: its gradient by the names of ``learner.outer_params()``, zeros where
-    unused; metrics: means over tasks, and under "buffers" the mean new value of each buffer; losses: [T], each task's
-    own.
+    unused; metrics: means over tasks, and under "buffers" the new value of each buffer (``merged_buffers``); losses:
+    [T], each task's own.
     """
 
     loss: Tensor
@@ -43,10 +44,17 @@ class Engine(Protocol):
 
 
 def mean_metrics(rows: Sequence[Metrics]) -> Metrics:
-    """The means over tasks of their metrics, "buffers" included."""
+    """The means over tasks of their metrics, and under "buffers" what the tasks make of the buffers."""
     buffers = [row.pop("buffers", {}) for row in rows]
-    return {**map_tree(_mean, stack_trees(rows)), "buffers": map_tree(_mean, stack_trees(buffers))}
+    return merged_metrics({**stack_trees(rows), "buffers": stack_trees(buffers)})
 
 
-def _mean(tensor: Tensor) -> Tensor:
+def merged_metrics(metrics: Metrics) -> Metrics:
+    """As ``mean_metrics``, of metrics [T, ...] by name."""
+    scalars = {name: values for name, values in metrics.items() if name != "buffers"}
+    return {**map_tree(mean, scalars), "buffers": merged_buffers(metrics.get("buffers", {}))}
+
+
+def mean(tensor: Tensor) -> Tensor:
+    """The mean over tasks [T, ...], without its gradient."""
     return tensor.detach().mean(0)

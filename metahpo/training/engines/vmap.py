@@ -14,7 +14,7 @@ from metahpo.functional.trees import Params, map_tree
 from metahpo.learners.base import MetaLearner, Metrics
 from metahpo.learners.phase import Phase
 from metahpo.tasks.task import Task
-from metahpo.training.engines.base import MetaGradient
+from metahpo.training.engines.base import MetaGradient, mean, merged_metrics
 from metahpo.training.engines.refusal import refusal
 
 
@@ -52,13 +52,7 @@ def batched_gradient(
 
     of_each = vmap(grad(loss_of, has_aux=True), in_dims=(None, *[0] * len(tasks)), randomness="different")
     grads, (losses, metrics) = of_each(outer, *tasks)
-    buffers = map_tree(_mean, metrics.pop("buffers", {}))
-    metrics = {**map_tree(_mean, metrics), "buffers": buffers}
-    return MetaGradient(_mean(losses), map_tree(_mean, grads), metrics, losses.detach())
-
-
-def _mean(tensor: Tensor) -> Tensor:
-    return tensor.detach().mean(0)
+    return MetaGradient(mean(losses), map_tree(mean, grads), merged_metrics(metrics), losses.detach())
 
 
 def _run(engine: str, learner: MetaLearner, function: Callable[[], Any]) -> Any:
