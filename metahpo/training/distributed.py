@@ -82,7 +82,9 @@ class Ranks:
         means, (losses, signals), states = sums[: len(parts)], sums[len(parts) : len(parts) + 2], sums[len(parts) + 2 :]
         loss, grads, metrics = tree_unflatten(means, spec)
         if states_of:
-            metrics["buffers"] |= {n: s.clone().view(b.dtype).view(b.shape) for s, (n, b) in zip(states, states_of.items())}
+            # A copy of each, as its bytes may begin at a place where no number of its type can.
+            held = zip(states_of.items(), states)
+            metrics["buffers"] |= {n: part.clone().view(b.dtype).view(b.shape) for (n, b), part in held}
         return MetaGradient(loss, grads, metrics, losses), signals
 
     @torch.no_grad()
