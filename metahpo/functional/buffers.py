@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from metahpo.functional.trees import Params
@@ -14,10 +15,14 @@ def merged_buffers(values: Params) -> Params:
     takes the value that the last task left, as after a loop over the tasks: a mean of counters,
     flags, unit vectors or codebooks is none of these.
     """
-    return {
-        name: value.detach().mean(0) if is_running_average(name, value) else value.detach()[-1]
-        for name, value in values.items()
-    }
+    merged = {}
+    for name, value in values.items():
+        value = value.detach()
+        merged[name] = value[-1]
+        if is_running_average(name, value):
+            # What no task has changed stays as it is, to the last bit.
+            merged[name] = torch.where((value == value[:1]).all(0), value[0], value.mean(0))
+    return merged
 
 
 def is_running_average(name: str, value: Tensor) -> bool:

@@ -153,7 +153,7 @@ class FunctionalModule(nn.Module):
             self.seen.calls[kind] += 1
             self.seen.by_formula |= formulas.used  # type: ignore[union-attr]
         # call_with writes buffers that the net replaced back into the dict it was given.
-        return output, {name: state[name].to(old.dtype) for name, old in buffers.items()}
+        return output, {name: _as(old, state[name]) for name, old in buffers.items()}
 
     def _call(self, state: Params, inputs: tuple[Tensor, ...]) -> Tensor:
         if self.autocast is None:
@@ -176,6 +176,11 @@ class FunctionalModule(nn.Module):
                     f"{name!r} and {self._alias[name]!r} are one tied parameter and were given different tensors"
                 )
         return resolved
+
+
+def _as(old: Tensor, new: Tensor) -> Tensor:
+    # Where nothing has to be done the tensor itself, which ``to`` would wrap under torch.func: it would look new.
+    return new if new.dtype == old.dtype else new.to(old.dtype)
 
 
 @dataclass

@@ -118,6 +118,42 @@ def test_which_layers_a_norm_takes_with_it(calls, layers, modules_after):
     assert sum(len(link.modules) for link in ours.net.links if link.norm is None) - 2 == modules_after
 
 
+class Residual(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(3, 3, 3, padding=1), nn.BatchNorm2d(3))
+        self.last = nn.Conv2d(3, 3, 1, bias=False)
+
+    def forward(self, x):
+        y = self.body(x)
+        y += x
+        y = self.last(torch.tanh(y))
+        y.mul_(0.5)[:, 0].add_(1.0)
+        return y
+
+
+def _after_conv(act: nn.Module) -> nn.Module:
+    return nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), act)
+
+
+def _after_norm(act: nn.Module) -> nn.Module:
+    return nn.Sequential(nn.BatchNorm2d(3), act, nn.Conv2d(3, 1, 1), copy.deepcopy(act))
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        *(place(act(inplace=True)) for place in (_after_conv, _after_norm) for act in (nn.ReLU, nn.SiLU, nn.ELU)),
+        _after_norm(nn.Hardtanh(inplace=True)),
+        Residual(),
+    ],
+    ids=lambda layer: " ".join(type(m).__name__ for m in layer.modules() if not list(m.children())),
+)
+def test_layers_that_work_in_place_may_follow(calls, layer):
+    assert_same(head(layer))
+    assert calls
+
+
 @pytest.mark.parametrize("index", [0, 1, 2, 3])
 def test_layers_with_hooks_are_left_alone(index):
     net = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(), nn.MaxPool2d(2))
