@@ -112,6 +112,9 @@ class TrainingSettings(Settings):
         default="auto", description="how a batch of tasks is run; auto times those that fit and says which it takes"
     )
     check: bool = Field(default=False, description="compare the engine's gradient with loop's before the first step")
+    check_gradient: bool = Field(
+        default=True, description="warn if the first task's outer gradient is not the slope of its loss; float64"
+    )
     precision: Literal["float32", "tf32", "bf16"] = Field(
         default="float32",
         description="of the net: tf32 rounds the inputs of products (CUDA; no change on a CPU), bf16 is autocast",

@@ -18,7 +18,7 @@ from metahpo.learners.phase import Phase
 from metahpo.tasks.task import Task, TaskSource
 from metahpo.training.checkpoint import CheckpointStore, State, load_learner, write_atomically
 from metahpo.training.distributed import current
-from metahpo.training.engines import ENGINES, Auto, check_engine
+from metahpo.training.engines import ENGINES, Auto, check_engine, check_gradient
 from metahpo.training.environment import intra_op_threads, progress, seeded, versions
 from metahpo.training.evaluation import evaluate
 from metahpo.training.finite import FiniteCheck
@@ -199,6 +199,8 @@ class Trainer:
         numbers = self._numbers(self.iteration)
         seed = (self.settings.seed, self.epoch, self.iteration, *self.ranks.seed)
         with seeded(*seed, device=self.device), precision(self.learner, self.settings):
+            if self.settings.check_gradient and self.updates == 0 and self.ranks.first:
+                check_gradient(self.learner, tasks, phase)
             if not self._checked:
                 check_engine(self.engine, self.learner, tasks, phase)
                 self._checked = True
@@ -209,7 +211,10 @@ class Trainer:
         for name, param in params.items():
             param.grad = result.grads[name]
         if self.settings.clip_value is not None:
-            torch.nn.utils.clip_grad_value_(params.values(), self.settings.clip_value)
+            # Of a complex entry, as of two: torch does not clamp complex numbers.
+            for grad in (p.grad for p in params.values() if p.grad is not None):
+                part = torch.view_as_real(grad) if grad.is_complex() else grad
+                part.clamp_(-self.settings.clip_value, self.settings.clip_value)
         if self.settings.clip_norm is not None:
             torch.nn.utils.clip_grad_norm_(params.values(), self.settings.clip_norm)
         self.optimizer.step()

@@ -6,6 +6,7 @@ from metahpo.training.engines.auto import Auto as Auto
 from metahpo.training.engines.base import Engine as Engine
 from metahpo.training.engines.base import MetaGradient as MetaGradient
 from metahpo.training.engines.check import check_engine as check_engine
+from metahpo.training.engines.check import check_gradient as check_gradient
 from metahpo.training.engines.graph import Graph as Graph
 from metahpo.training.engines.graph import Trace as Trace
 from metahpo.training.engines.loop import Loop as Loop
