@@ -6,10 +6,11 @@ text for one. They load neither NumPy nor torch, so every room may use them.
 
 from __future__ import annotations
 
+import inspect
 import math
 import numbers
 import reprlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, NoReturn
 
 from metahpo.errors import ArgumentError, did_you_mean, one_line
@@ -161,6 +162,41 @@ def check_callable(
     if not callable(value):
         refuse(owner, name, value, expected, error)
     return value
+
+
+def check_keywords(
+    owner: type | Callable[..., Any], given: Iterable[str], error: type[ArgumentError] = ArgumentError
+) -> None:
+    """Looks for keywords that a class or function does not take, through ``**options`` to its bases.
+
+    Raises:
+        ArgumentError: Of the class ``error``, with the nearest keyword there is.
+    """
+    known: dict[str, None] = {}
+    makers = [vars(kind).get("__init__") for kind in owner.__mro__] if isinstance(owner, type) else [owner]
+    for maker in filter(inspect.isfunction, makers):
+        parameters = inspect.signature(maker).parameters.values()
+        known |= dict.fromkeys(p.name for p in parameters if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD))
+        if not any(p.kind is p.VAR_KEYWORD for p in parameters):
+            break
+        if not maker.__module__.startswith("metahpo."):  # Where its options go, it alone knows.
+            return
+    else:
+        return
+    known.pop("self", None)
+    for name in given:
+        if name not in known:
+            raise error(f"{owner.__name__}: has no argument {name!r}; {did_you_mean(name, known)}")
+
+
+class KnownKeywords:
+    """A base of classes that refuse, when made, a keyword that they do not take."""
+
+    keyword_error: type[ArgumentError] = ArgumentError
+
+    def __new__(cls, *args: Any, **options: Any) -> Any:
+        check_keywords(cls, options, cls.keyword_error)
+        return super().__new__(cls)
 
 
 def plain(value: Any) -> Any:

@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from metahpo.errors import NetError
+from metahpo.checks import KnownKeywords, check_callable
+from metahpo.errors import NetArgumentError, NetError
 from metahpo.functional import FunctionalModule, Params
 from metahpo.learners.accuracy import accuracy
 from metahpo.learners.phase import Phase
@@ -35,7 +36,7 @@ class Adapted:
     steps: tuple[Params, ...] = ()
 
 
-class MetaLearner(nn.Module):
+class MetaLearner(KnownKeywords, nn.Module):
     """A learner of learners: ``parameters()`` are what the outer loop learns.
 
     A subclass writes ``adapt`` and ``predict``, as pure functions of the learner's parameters and their arguments:
@@ -46,12 +47,15 @@ class MetaLearner(nn.Module):
     for regression.
     """
 
+    keyword_error = NetArgumentError
+
     # Whether the means of several learners' outputs are outputs too, those of an ensemble.
     averages = True
 
     def __init__(self, loss: Loss = F.cross_entropy):
         super().__init__()
-        self.loss = loss
+        expected = "a function (outputs, targets) -> scalar"
+        self.loss = check_callable(self, "loss", loss, expected, error=NetArgumentError)
 
     # What a subclass writes.
 

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from metahpo.errors import NetError
+from metahpo.checks import check_type, check_whole
+from metahpo.errors import NetArgumentError, NetError
 from metahpo.functional import Params
 from metahpo.functional.copies import unwrapped
 from metahpo.functional.surgery import with_layers
@@ -49,7 +50,10 @@ class CAVIA(MAML):
     """
 
     def __init__(self, net: nn.Module, *, context: int = 100, after: str | None = None, **options: Any):
+        check_type(self, "net", net, nn.Module, "a module", error=NetArgumentError)
         net = unwrapped(net)
+        context = check_whole(self, "context", context, at_least=1, error=NetArgumentError)
+        check_type(self, "after", after, (str, type(None)), "the name of a layer", error=NetArgumentError)
         net = with_layers(net, [after or _place(net)], lambda layer: FiLM(context, _channels(layer)))
         super().__init__(net, **options)
 

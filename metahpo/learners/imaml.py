@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from metahpo.errors import NetError
+from metahpo.checks import check_number, check_whole, shown
+from metahpo.errors import NetArgumentError
 from metahpo.functional import Params
 from metahpo.functional.levels import under_torch_func
 from metahpo.functional.trees import map_tree
@@ -53,8 +54,12 @@ class IMAML(MAML):
         adapt_norms: bool = False,
         rule: UpdateRule | None = None,
     ):
-        if not strength > 0 or cg_steps < 0:
-            raise NetError(f"iMAML needs strength > 0 and cg_steps >= 0, found {strength} and {cg_steps}")
+        try:
+            strength = check_number(self, "strength", strength, above=0)
+            cg_steps = check_whole(self, "cg_steps", cg_steps, at_least=0)
+        except ValueError:
+            found = f"{shown(strength)} and {shown(cg_steps)}"
+            raise NetArgumentError(f"iMAML needs strength > 0 and cg_steps >= 0, found {found}") from None
         super().__init__(net, steps=steps, inner_lr=inner_lr, loss=loss, adapt_norms=adapt_norms, rule=rule)
         self.strength, self.cg_steps = strength, cg_steps
 

@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from metahpo.errors import NetError
+from metahpo.checks import check_number, check_type, check_whole
+from metahpo.errors import NetArgumentError, NetError
 from metahpo.functional import FunctionalModule, Params
 from metahpo.functional.surgery import without_head
 from metahpo.learners.base import Adapted, MetaLearner, Metrics
@@ -26,6 +27,11 @@ class LinearHead(MetaLearner):
 
     def __init__(self, net: nn.Module, ways: int, classes: int, *, steps: int = 100, inner_lr: float = 1.0):
         super().__init__()
+        check_type(self, "net", net, nn.Module, "a module", error=NetArgumentError)
+        ways = check_whole(self, "ways", ways, at_least=1, error=NetArgumentError)
+        classes = check_whole(self, "classes", classes, at_least=1, error=NetArgumentError)
+        steps = check_whole(self, "steps", steps, at_least=1, error=NetArgumentError)
+        inner_lr = check_number(self, "inner_lr", inner_lr, at_least=0, error=NetArgumentError)
         body, head = without_head(net)
         if not isinstance(head, nn.Linear):
             raise NetError(f"linear_head needs a net that ends in a Linear layer, found {type(head).__name__}")

@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from metahpo.errors import NetError
+from metahpo.checks import check_callable, check_flag, check_number, check_type, check_whole, refuse
+from metahpo.errors import NetArgumentError, NetError
 from metahpo.functional import FunctionalModule, Params, PerStepBatchNorm
 from metahpo.functional.copies import copied
 from metahpo.inner import (
@@ -58,8 +59,17 @@ class MAML(MetaLearner):
         remat: Remat = NoRemat(),
     ):
         super().__init__(loss)
-        if steps < 1:
-            raise NetError(f"steps must be at least 1, found {steps}")
+        check_type(self, "net", net, nn.Module, "a module", error=NetArgumentError)
+        steps = check_whole(self, "steps", steps, at_least=1, error=NetArgumentError)
+        inner_lr = check_number(self, "inner_lr", inner_lr, at_least=0, error=NetArgumentError)
+        learn_lr = check_flag(self, "learn_lr", learn_lr, error=NetArgumentError)
+        first_order = check_flag(self, "first_order", first_order, error=NetArgumentError)
+        adapt_norms = check_flag(self, "adapt_norms", adapt_norms, error=NetArgumentError)
+        check_type(self, "improvements", improvements, Improvements, error=NetArgumentError)
+        check_type(self, "rule", rule, (UpdateRule, type(None)), "an UpdateRule or None", error=NetArgumentError)
+        check_callable(self, "gradient", gradient, "an inner gradient such as Reverse()", error=NetArgumentError)
+        if isinstance(remat, type) or not callable(getattr(remat, "segments", None)):
+            refuse(self, "remat", remat, "NoRemat(), Every(steps) or Sqrt()", NetArgumentError)
         self.steps, self.first_order, self.gradient, self.remat = steps, first_order, gradient, remat
         self.improvements, self.adapt_norms = improvements, adapt_norms
         self.module = FunctionalModule(

@@ -7,6 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from metahpo.checks import check_flag, check_whole
+from metahpo.errors import NetArgumentError
+
 
 @dataclass(frozen=True)
 class Phase:
@@ -41,6 +44,14 @@ class Improvements:
     per_step_statistics: bool = False
     per_step_affine: bool = False
     layer_step_rates: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("multi_step_epochs", "first_order_epochs"):
+            epochs = check_whole(self, name, getattr(self, name), at_least=0, error=NetArgumentError)
+            object.__setattr__(self, name, epochs)
+        for name in ("per_step_statistics", "per_step_affine", "layer_step_rates"):
+            flag = check_flag(self, name, getattr(self, name), error=NetArgumentError)
+            object.__setattr__(self, name, flag)
 
     def training_phase(self, epoch: int, steps: int) -> Phase:
         """The phase of training epoch ``epoch`` (from 0) with ``steps`` inner steps."""

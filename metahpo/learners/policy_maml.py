@@ -6,7 +6,8 @@ from typing import cast
 
 from torch import Tensor, nn
 
-from metahpo.errors import NetError
+from metahpo.checks import check_number, check_type, refuse
+from metahpo.errors import NetArgumentError, NetError
 from metahpo.functional import Params
 from metahpo.inner import FirstOrder, Reverse, UpdateRule, unroll
 from metahpo.learners.base import Adapted, Metrics
@@ -46,6 +47,12 @@ class PolicyMAML(MAML):
         gae: float = 1.0,
         initial_std: float = 1.0,
     ):
+        check_type(self, "net", net, nn.Module, "a module", error=NetArgumentError)
+        if not all(hasattr(environment, name) for name in ("draw", "reset", "step", "action_size")):
+            refuse(self, "environment", environment, "an Environment", NetArgumentError)
+        discount = check_number(self, "discount", discount, at_least=0, at_most=1, error=NetArgumentError)
+        gae = check_number(self, "gae", gae, at_least=0, at_most=1, error=NetArgumentError)
+        initial_std = check_number(self, "initial_std", initial_std, above=0, error=NetArgumentError)
         super().__init__(
             GaussianPolicy(net, environment.action_size, initial_std),
             steps=steps,

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from metahpo.checks import check_type, check_whole
+from metahpo.errors import NetArgumentError
 from metahpo.functional import FunctionalModule
 from metahpo.functional.surgery import without_head
 from metahpo.learners.base import Adapted, MetaLearner, Metrics
@@ -22,7 +24,9 @@ class ProtoNet(MetaLearner):
 
     def __init__(self, net: nn.Module, ways: int):
         super().__init__()
-        self.module, self.ways = FunctionalModule(without_head(net)[0]), ways
+        check_type(self, "net", net, nn.Module, "a module", error=NetArgumentError)
+        self.ways = check_whole(self, "ways", ways, at_least=1, error=NetArgumentError)
+        self.module = FunctionalModule(without_head(net)[0])
 
     def adapt(self, support_x: Tensor, support_y: Tensor, phase: Phase) -> Adapted:
         buffers = self.module.buffers_by_name()

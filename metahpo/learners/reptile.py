@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from metahpo.errors import NetError
+from metahpo.checks import check_whole
+from metahpo.errors import NetArgumentError, NetError
 from metahpo.functional import Params
 from metahpo.inner import FirstOrder, UpdateRule, unroll
 from metahpo.learners.base import Adapted, Loss, Metrics
@@ -41,8 +42,8 @@ class Reptile(MAML):
         loss: Loss = F.cross_entropy,
         rule: UpdateRule | None = None,
     ):
-        if minibatches < 1 or eval_steps < 1:
-            raise NetError(f"Reptile: minibatches and eval_steps must be at least 1, found {minibatches}, {eval_steps}")
+        minibatches = check_whole(self, "minibatches", minibatches, at_least=1, error=NetArgumentError)
+        eval_steps = check_whole(self, "eval_steps", eval_steps, at_least=1, error=NetArgumentError)
         super().__init__(net, steps=steps, inner_lr=inner_lr, loss=loss, rule=rule, first_order=True, adapt_norms=True)
         self.minibatches, self.eval_steps = minibatches, eval_steps
 

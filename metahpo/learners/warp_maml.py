@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from metahpo.errors import NetError
+from metahpo.checks import check_type
+from metahpo.errors import NetArgumentError, NetError
 from metahpo.functional.copies import unwrapped
 from metahpo.functional.surgery import with_layers
 from metahpo.learners.maml import MAML
@@ -36,6 +37,7 @@ class WarpMAML(MAML):
     """
 
     def __init__(self, net: nn.Module, **options: Any):
+        check_type(self, "net", net, nn.Module, "a module", error=NetArgumentError)
         kinds = (nn.Conv2d, nn.Linear)
         net = unwrapped(net)
         layers = [name for name, module in net.named_modules() if isinstance(module, kinds)]

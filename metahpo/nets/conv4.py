@@ -5,6 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from metahpo.checks import check_number
+from metahpo.errors import NetArgumentError
+from metahpo.nets.arguments import NamedSizes, check_shape, check_size
+
 
 class ConvBlock(nn.Sequential):
     """3x3 convolution (padding 1, bias), batch normalisation, leaky ReLU, 2x2 max pooling."""
@@ -17,7 +21,7 @@ class ConvBlock(nn.Sequential):
         self.pool = nn.MaxPool2d(2) if pool else nn.Identity()
 
 
-class Conv4(nn.Module):
+class Conv4(NamedSizes, nn.Module):
     """Four ``ConvBlock``s and a linear layer, as in MAML++ (Antoniou et al. 2019): Xavier-uniform weights, zero biases.
 
     in_shape: (C, H, W) of the images; out_features: outputs (the ways); filters: channels of every block (64 on
@@ -27,7 +31,9 @@ class Conv4(nn.Module):
 
     def __init__(self, in_shape: tuple[int, int, int], out_features: int, filters: int = 64, slope: float = 0.01):
         super().__init__()
-        channels, height, width = in_shape
+        channels, height, width = check_shape(self, "in_shape", in_shape, 3)
+        out_features, filters = check_size(self, "out_features", out_features), check_size(self, "filters", filters)
+        slope = check_number(self, "slope", slope, at_least=0, error=NetArgumentError)
         blocks = []
         for _ in range(4):
             pool = min(height, width) >= 2

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from metahpo.nets.arguments import NamedSizes, check_shape, check_size
+
 
 class ResidualLayers(nn.Module):
     """x + second(relu(first(x)))."""
@@ -20,7 +22,7 @@ class ResidualLayers(nn.Module):
         return x + self.second(torch.relu(self.first(x)))
 
 
-class ResidualMLP(nn.Module):
+class ResidualMLP(NamedSizes, nn.Module):
     """A linear layer, ``blocks`` pairs of layers around which the input passes (He et al. 2016, without convolutions
     and normalisation), a linear layer.
 
@@ -30,6 +32,9 @@ class ResidualMLP(nn.Module):
 
     def __init__(self, in_shape: Sequence[int], out_features: int, width: int = 32, blocks: int = 3):
         super().__init__()
+        in_shape = check_shape(self, "in_shape", in_shape)
+        out_features, width = check_size(self, "out_features", out_features), check_size(self, "width", width)
+        blocks = check_size(self, "blocks", blocks, at_least=0)
         self.embed = nn.Linear(math.prod(in_shape), width)
         self.blocks = nn.Sequential(*(ResidualLayers(width) for _ in range(blocks)))
         self.head = nn.Linear(width, out_features)

@@ -7,6 +7,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from metahpo.checks import check_number
+from metahpo.errors import NetArgumentError
+from metahpo.nets.arguments import NamedSizes, check_shape, check_size
+
 
 class ResidualBlock(nn.Module):
     """Three 3x3 convolutions with batch normalisation, a normalised 1x1 convolution around them, leaky ReLU, 2x2 max
@@ -27,7 +31,7 @@ class ResidualBlock(nn.Module):
         return self.pool(self.activation(self.layers(x) + self.shortcut(x)))
 
 
-class ResNet12(nn.Module):
+class ResNet12(NamedSizes, nn.Module):
     """Four ``ResidualBlock``s, global average pooling and a linear layer (Oreshkin et al. 2018, "TADAM";
     Lee et al. 2019, "MetaOptNet", section 4.1), without the latter's DropBlock.
 
@@ -45,7 +49,9 @@ class ResNet12(nn.Module):
         slope: float = 0.1,
     ):
         super().__init__()
-        channels, height, width = in_shape
+        channels, height, width = check_shape(self, "in_shape", in_shape, 3)
+        out_features, widths = check_size(self, "out_features", out_features), check_shape(self, "widths", widths)
+        slope = check_number(self, "slope", slope, at_least=0, error=NetArgumentError)
         blocks = []
         for filters in widths:
             pool = min(height, width) >= 2

@@ -6,6 +6,10 @@ import math
 
 from torch import Tensor, nn
 
+from metahpo.checks import check_choice
+from metahpo.errors import NetArgumentError
+from metahpo.nets.arguments import NamedSizes, check_shape, check_size
+
 NORMS = {"batch": nn.BatchNorm2d, "group": lambda width: nn.GroupNorm(math.gcd(width, 4), width)}
 
 
@@ -30,7 +34,7 @@ class BasicBlock(nn.Module):
         return self.activation(self.layers(x) + self.shortcut(x))
 
 
-class SmallResNet(nn.Module):
+class SmallResNet(NamedSizes, nn.Module):
     """A 3x3 convolution with normalisation, ``blocks`` basic blocks, global average pooling, a linear layer.
 
     in_shape: (C, H, W) of the images; out_features: outputs; width: channels of the first block; every second block
@@ -43,6 +47,10 @@ class SmallResNet(nn.Module):
         self, in_shape: tuple[int, int, int], out_features: int, width: int = 16, blocks: int = 3, norm: str = "batch"
     ):
         super().__init__()
+        in_shape = check_shape(self, "in_shape", in_shape, 3)
+        out_features, width = check_size(self, "out_features", out_features), check_size(self, "width", width)
+        blocks = check_size(self, "blocks", blocks, at_least=0)
+        check_choice(self, "norm", norm, NORMS, error=NetArgumentError)
         self.stem = nn.Sequential(nn.Conv2d(in_shape[0], width, 3, 1, 1, bias=False), NORMS[norm](width), nn.ReLU())
         layers, channels = [], width
         for index in range(blocks):

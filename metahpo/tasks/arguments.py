@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 
 from metahpo.checks import check_whole, plain, refuse
-from metahpo.errors import DataArgumentError, did_you_mean
+from metahpo.errors import DataArgumentError
 
 
 def task_numbers(owner: object, indices: Any) -> list[int]:
@@ -34,15 +33,3 @@ def check_device(owner: object, device: Any) -> torch.device:
         return torch.device(device)
     except (RuntimeError, TypeError, ValueError):
         refuse(owner, "device", device, "a torch device such as 'cpu' or 'cuda:0'", DataArgumentError)
-
-
-def refuse_unknown(function: Any, settings: Mapping[str, Any]) -> None:
-    """Raises DataArgumentError for a keyword that ``function`` does not take, with the nearest one."""
-    known = inspect.signature(function).parameters
-    if any(p.kind is p.VAR_KEYWORD for p in known.values()):
-        return
-    for name in settings:
-        if name not in known:
-            raise DataArgumentError(
-                f"{function.__name__}: has no argument {name!r}; {did_you_mean(name, known)}"
-            )

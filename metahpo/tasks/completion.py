@@ -9,14 +9,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from metahpo.errors import DataError
+from metahpo.checks import KnownKeywords, check_type, check_whole
+from metahpo.errors import DataArgumentError
+from metahpo.tasks.arguments import task_numbers
 from metahpo.tasks.digits import digit_images
+from metahpo.tasks.pixels import net_images
 from metahpo.tasks.task import Task
 
 DIGITS = {"train": 1197, "val": 200, "test": 400}  # images of each split
 
 
-class ImageCompletion:
+class ImageCompletion(KnownKeywords):
     """Grey images [M, H, W] in 0..1 as regression tasks: from some pixels of an image to the others.
 
     The task of neural processes (Garnelo et al. 2018, section 4.2) and of CAVIA (Zintgraf et al. 2019, section 5.1.2):
@@ -27,15 +30,26 @@ class ImageCompletion:
     order of their own: tasks 0 to M - 1 of a test split are its images.
     """
 
+    keyword_error = DataArgumentError
+
     def __init__(self, images: Tensor, split: str, *, shots: int = 10, queries: int | None = None, seed: int = 0):
+        check_type(self, "images", images, Tensor, error=DataArgumentError)
         if images.dim() != 3 or not images.numel():
-            raise DataError(f"image completion: found images {list(images.shape)}, expected [M, H, W]")
+            raise DataArgumentError(f"image completion: found images {list(images.shape)}, expected [M, H, W]")
+        images = net_images(images, "image completion: images")
+        if not images.is_floating_point():
+            images = images.float() / 255
+        split = check_type(self, "split", split, str, error=DataArgumentError)
+        shots = check_whole(self, "shots", shots, error=DataArgumentError)
+        seed = check_whole(self, "seed", seed, at_least=0, error=DataArgumentError)
+        if queries is not None:
+            queries = check_whole(self, "queries", queries, at_least=1, error=DataArgumentError)
         height, width = images.shape[1:]
         pixels = height * width
         most = pixels - shots - (queries or 1)
         if shots < 1 or most < 0:
             asked = f"{shots} shots + {'at least 1' if queries is None else queries} queries"
-            raise DataError(f"image completion: an image has {pixels} pixels; a task needs {asked}")
+            raise DataArgumentError(f"image completion: an image has {pixels} pixels; a task needs {asked}")
         self.split, self.shots, self.seed = split, shots, seed
         self.queries = pixels - shots if queries is None else queries
         self._values = images.float().reshape(len(images), pixels)
@@ -47,7 +61,7 @@ class ImageCompletion:
 
     def batch(self, indices: Sequence[int]) -> Task:
         count, pixels = self._values.shape
-        numbers = np.asarray(indices)
+        numbers = np.asarray(task_numbers(self, indices))
         orders = {turn: self._rng(turn, 1).permutation(count) for turn in np.unique(numbers // count)}
         images = np.array([orders[number // count][number % count] for number in numbers])
         keys = np.stack([self._rng(number).random(pixels) for number in numbers])

@@ -11,16 +11,16 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from metahpo.checks import check_choice, check_flag, check_type, check_whole
+from metahpo.checks import KnownKeywords, check_choice, check_flag, check_keywords, check_type, check_whole
 from metahpo.errors import DataArgumentError, DataError
-from metahpo.tasks.arguments import check_device, refuse_unknown, task_numbers
+from metahpo.tasks.arguments import check_device, task_numbers
 from metahpo.tasks.datasets import labelled
 from metahpo.tasks.labelled import LabelledImages
 from metahpo.tasks.shots import Count, Imbalance, check_count, ends
 from metahpo.tasks.task import Task
 
 
-class Episodes:
+class Episodes(KnownKeywords):
     """Numbered few-shot tasks (Vinyals et al. 2016, section 4): task i is a pure function of (seed, split, i).
 
     Each task draws ``ways`` classes of the split and, of each, ``shots`` support and ``queries`` query images, all
@@ -36,6 +36,8 @@ class Episodes:
     Images of uint8 are divided by 255, those of floats come as they are. They stay on ``device`` until a batch is
     drawn, which is assembled without a loop over images.
     """
+
+    keyword_error = DataArgumentError
 
     def __init__(
         self,
@@ -108,7 +110,7 @@ class Episodes:
 
         Images and names are read as by ``metahpo.tasks.datasets.labelled``; ``class_names`` are the dataset's own.
         """
-        refuse_unknown(cls, settings)
+        check_keywords(cls, settings, DataArgumentError)
         return cls(labelled(dataset, classes), split, **settings)
 
     def task(self, index: int) -> Task:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import closing
+from contextlib import closing, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from metahpo.errors import DataError
+from metahpo.checks import check_type, check_whole, refuse
+from metahpo.errors import ConfigArgumentError, DataArgumentError, DataError, NetArgumentError
 from metahpo.functional.trees import join, map_tree
 from metahpo.learners.base import MetaLearner
 from metahpo.learners.phase import Phase
@@ -16,6 +18,7 @@ from metahpo.tasks.task import TaskSource
 from metahpo.training.distributed import current
 from metahpo.training.engines import ENGINES, Engine
 from metahpo.training.environment import intra_op_threads, progress, seeded
+from metahpo.training.first_batch import check_batch, explained
 from metahpo.training.precision import precision
 from metahpo.training.prefetch import batches_of
 from metahpo.training.settings import TrainingSettings
@@ -35,6 +38,8 @@ def evaluate(
     engine: the settings' by default. each: called after every batch of tasks. Randomness, if a learner draws any,
     follows the settings' seed. Ranks share the tasks of each batch, and all get all results.
     """
+    check_parts(evaluate, learner, settings, tasks=tasks)
+    count = check_whole("evaluate", "count", count, at_least=1, error=ConfigArgumentError)
     with intra_op_threads(settings.threads):
         return _evaluate(learner, tasks, count, settings, engine or ENGINES[settings.engine](), title, each)
 
@@ -56,7 +61,13 @@ def _evaluate(
     shares = (ranks.share(range(first, min(first + size, count))) for first in starts)
     with progress(title, count) as bar, closing(batches_of(tasks, shares, device)) as batches:
         for first, (numbers, batch) in zip(starts, batches):
-            with seeded(settings.seed, first, *ranks.seed, device=device), precision(learner, settings):
+            if not first:
+                check_batch(tasks, batch, len(numbers))
+            with (
+                seeded(settings.seed, first, *ranks.seed, device=device),
+                precision(learner, settings),
+                nullcontext() if first else explained(learner, batch),
+            ):
                 found, answers = engine.evaluate(learner, batch, Phase())
             metrics.append(found)
             outputs.append(answers)
@@ -64,6 +75,18 @@ def _evaluate(
             bar.update(min(size, count - first))
             each()
     return ranks.in_order(done, _joined(metrics)), ranks.in_order(done, _joined(outputs))
+
+
+def check_parts(owner: object, learner: Any, settings: Any, **sources: Any) -> None:
+    """Raises ArgumentError unless the parts of a training or evaluation are what their names say."""
+    whose = "evaluate" if owner is evaluate else owner
+    check_type(whose, "learner", learner, MetaLearner, "a MetaLearner", error=NetArgumentError)
+    expected = "TrainingSettings" if owner is evaluate else "TrainingSettings or None"
+    kinds = (TrainingSettings,) if owner is evaluate else (TrainingSettings, type(None))
+    check_type(whose, "settings", settings, kinds, expected, error=ConfigArgumentError)
+    for name, source in sources.items():
+        if isinstance(source, type) or not isinstance(source, TaskSource):
+            refuse(whose, name, source, "a TaskSource, with task(index) and batch(indices)", DataArgumentError)
 
 
 def _joined(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:

@@ -10,6 +10,7 @@ from typing import TypeVar
 import torch
 
 from metahpo.tasks.task import Task, TaskSource
+from metahpo.training.first_batch import drawn
 
 T = TypeVar("T")
 Numbers = TypeVar("Numbers", bound=Sequence[int])
@@ -27,14 +28,14 @@ def batches_of(
     """
     if device.type != "cuda":
         for numbers in batches:
-            yield numbers, source.batch(numbers).to(device)
+            yield numbers, drawn(source, numbers).to(device)
         return
     stream = _side_stream(device)
     stream.wait_stream(torch.cuda.current_stream(device))  # The source's own data may still be on their way.
 
     def draw(numbers: Numbers) -> tuple[Numbers, Task, torch.cuda.Event]:
         with torch.cuda.stream(stream):
-            parts = source.batch(numbers)
+            parts = drawn(source, numbers)
             moved = Task(*((t if t.is_cuda else t.pin_memory()).to(device, non_blocking=True) for t in parts))
             ready = torch.cuda.Event()
             ready.record(stream)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import torch
 from pydantic import (
@@ -18,22 +18,19 @@ from pydantic import (
 from typing_extensions import Self
 
 from metahpo import torchrun
-from metahpo.errors import ConfigError, did_you_mean
+from metahpo.checks import plain, shown
+from metahpo.errors import ConfigArgumentError, did_you_mean
 
 # More would end the process: each takes memory, and the operating system has a limit.
 MOST_THREADS = 1024
 
 
-class Settings(BaseModel):
-    """Base of all settings: frozen, and a key that does not exist is an error."""
+class _ByKeywords(type(BaseModel)):
+    """Settings made in Python say what is wrong as all else does: in a line for each keyword, as a ConfigError."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    @classmethod
-    def of(cls, **values: Any) -> Self:
-        """The settings given as keywords; raises ConfigError with a line for each that cannot be."""
+    def __call__(cls, *args: Any, **values: Any) -> Any:
         try:
-            return cls(**values)
+            return super().__call__(*args, **values)
         except ValidationError as error:
             lines = []
             for e in error.errors():
@@ -42,8 +39,43 @@ class Settings(BaseModel):
                     lines.append(f"no setting {key!r}; {did_you_mean(key, cls.model_fields)}")
                 else:
                     what = e["msg"].removeprefix("Value error, ").replace("Input should", "should")
-                    lines.append(f"{key}: {what}, found {e['input']!r}" if key else what)
-            raise ConfigError("\n".join(lines)) from None
+                    lines.append(f"{key}: {what}, found {shown(e['input'])}" if key else what)
+            raise ConfigArgumentError("\n".join(lines)) from None
+
+
+class Settings(BaseModel, metaclass=_ByKeywords):
+    """Base of all settings: frozen, and a key that does not exist is an error.
+
+    Made in Python, they raise ConfigArgumentError with a line for each value that cannot be. NumPy's numbers are taken;
+    no bool, text, NaN or infinity is taken for a number.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _numbers_alone(cls, value: Any, info: ValidationInfo) -> Any:
+        value = plain(value)
+        kind = cls.model_fields[info.field_name or ""].annotation
+        kinds = set(get_args(kind) or (kind,)) - {type(None)}
+        # Other text pydantic itself refuses.
+        taken = isinstance(value, bool) or (isinstance(value, str) and _reads_as_number(value))
+        if taken and kinds <= {int, float}:
+            raise ValueError(f"should be a valid {'integer' if kinds == {int} else 'number'}")
+        return value
+
+    @classmethod
+    def of(cls, **values: Any) -> Self:
+        """The settings given as keywords; raises ConfigArgumentError with a line for each that cannot be."""
+        return cls(**values)
+
+
+def _reads_as_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
 
 
 def _remat(value: Any) -> Any:

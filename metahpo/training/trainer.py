@@ -6,13 +6,15 @@ import json
 import sys
 import time
 from collections.abc import Callable
-from contextlib import closing
+from contextlib import closing, nullcontext
 from dataclasses import replace
+from os import PathLike
 from pathlib import Path
 
 import torch
 
-from metahpo.errors import CheckpointError, NonFiniteError
+from metahpo.checks import check_callable, check_type, check_whole, shown
+from metahpo.errors import CheckpointError, ConfigArgumentError, NetArgumentError, NonFiniteError, one_line
 from metahpo.learners.base import MetaLearner
 from metahpo.learners.phase import Phase
 from metahpo.tasks.task import Task, TaskSource
@@ -20,8 +22,9 @@ from metahpo.training.checkpoint import CheckpointStore, State, load_learner, wr
 from metahpo.training.distributed import current
 from metahpo.training.engines import ENGINES, Auto, check_engine, check_gradient
 from metahpo.training.environment import intra_op_threads, progress, seeded, versions
-from metahpo.training.evaluation import evaluate
+from metahpo.training.evaluation import check_parts, evaluate
 from metahpo.training.finite import FiniteCheck
+from metahpo.training.first_batch import check_batch, explained
 from metahpo.training.interrupts import Interrupted, Interrupts
 from metahpo.training.metrics import CsvLog, Row, SumOfMetrics, best_epochs, summarise
 from metahpo.training.precision import precision
@@ -55,21 +58,22 @@ class Trainer:
         settings: TrainingSettings | None = None,
         run_dir: str | Path | None = None,
     ):
+        check_parts(self, learner, settings, train_tasks=train_tasks, val_tasks=val_tasks)
+        check_type(self, "run_dir", run_dir, (str, PathLike, type(None)), "a path or None", error=ConfigArgumentError)
         self.settings = settings or TrainingSettings()
         self.device = self.settings.torch_device()
         self.learner = learner.to(self.device)
         self.train_tasks, self.val_tasks = train_tasks, val_tasks
         with intra_op_threads(self.settings.threads):
             self.engine = ENGINES[self.settings.engine]()
-        self.optimizer = getattr(torch.optim, self.settings.optimizer)(
-            list(learner.outer_params().values()), lr=self.settings.lr, **self.settings.optimizer_args
-        )
+        self.optimizer = self._optimizer()
         self.epoch, self.iteration = 0, 0
         self.history: list[Row] = []
         self._partial = SumOfMetrics()
         self._finite = FiniteCheck(self.settings.read_every if self.device.type == "cuda" else 1)
         self._seconds: list[float] = []
         self._checked = not self.settings.check
+        self._first = True
         self.ranks = current()
         self.run_dir = Path(run_dir) if run_dir is not None and self.ranks.first else None
         self.store = CheckpointStore(self.run_dir / "checkpoints") if self.run_dir else None
@@ -111,6 +115,11 @@ class Trainer:
         on_epoch: called with each new row. until_iteration: stop after so many outer updates in all, also within an
         epoch, which then has no row yet. Ctrl-C or SIGTERM ends the current step, saves, and raises ``Interrupted``.
         """
+        for name, end in (("until_epoch", until_epoch), ("until_iteration", until_iteration)):
+            if end is not None:
+                check_whole(self, name, end, at_least=0, error=ConfigArgumentError)
+        if on_epoch is not None:
+            check_callable(self, "on_epoch", on_epoch, "a function of a row", error=ConfigArgumentError)
         size = self.settings.iterations
         ends = [self.settings.epochs * size, until_iteration, None if until_epoch is None else until_epoch * size]
         until = min(end for end in ends if end is not None)
@@ -151,6 +160,19 @@ class Trainer:
         """Means and 95% intervals over the first ``count`` tasks of ``tasks``, with the learner as it is."""
         metrics, _ = evaluate(self.learner, tasks, count, self.settings, self.engine)
         return summarise(metrics)
+
+    def _optimizer(self) -> torch.optim.Optimizer:
+        kind, settings = getattr(torch.optim, self.settings.optimizer), self.settings
+        params = list(self.learner.outer_params().values())
+        if not params:
+            raise NetArgumentError(f"{type(self.learner).__name__}: has no parameter for the outer loop to learn")
+        try:
+            return kind(params, lr=settings.lr, **settings.optimizer_args)
+        except (TypeError, ValueError) as error:
+            raise ConfigArgumentError(
+                f"optimizer_args: found {shown(settings.optimizer_args)}, expected arguments of torch.optim."
+                f"{settings.optimizer}: {one_line(error)}"
+            ) from error
 
     # One epoch.
 
@@ -204,7 +226,11 @@ class Trainer:
             if not self._checked:
                 check_engine(self.engine, self.learner, tasks, phase)
                 self._checked = True
-            result = self.engine.meta_gradient(self.learner, tasks, phase)
+            if self._first:
+                check_batch(self.train_tasks, tasks, len(self.ranks.share(numbers)))
+            with explained(self.learner, tasks) if self._first else nullcontext():
+                result = self.engine.meta_gradient(self.learner, tasks, phase)
+            self._first = False
         result, signals = self.ranks.mean(result, numbers, signum)
         self._refuse(self._finite.add(self.epoch + 1, self.iteration + 1, numbers, result, signals))
         params = self.learner.outer_params()
