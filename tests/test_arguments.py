@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 
 import numpy as np
-import pytest
 import torch
 import torch.nn.functional as F
 
@@ -74,6 +73,7 @@ def trainer(train=None, learner=None, **changes):
     return Trainer(**{**parts, "settings": TrainingSettings(**QUICK), **changes})
 
 
+PARTS = {"tasks": Waves(), "learner": trainer().learner, "settings": TrainingSettings()}
 LEARNERS = (MAML, ANIL, BOIL, MetaSGD, MetaCurvature, WarpMAML, CAVIA, IMAML, Reptile, MAMLPlusPlus)
 ABUSES = [
     *[(kind, {"steps": v}, "steps") for kind in LEARNERS for v in NOT_WHOLE],
@@ -136,10 +136,7 @@ ABUSES = [
     (trainer(Waves(query_x=torch.zeros(2, 4, 7))).fit, {}, "fails on its first batch of tasks"),
     (trainer(Waves(query_y=None)).fit, {}, "expected a Task of tensors"),
     (trainer(episodes(), MAML(MLP([1, 4, 4], 1), steps=1)).fit, {}, "Target"),
-    *[
-        (evaluate, {"tasks": Waves(), "count": v, "learner": trainer().learner, "settings": TrainingSettings()}, "count")
-        for v in NOT_WHOLE
-    ],
+    *[(evaluate, {**PARTS, "count": v}, "count") for v in NOT_WHOLE],
     *[(Sinusoid().batch, {"indices": v}, "ind") for v in ([], 3, ["0"], [-1], [True], None, "01")],
 ]
 SHAPES = {Conv4: (1, 8, 8), ResNet12: (1, 8, 8), SmallResNet: (1, 8, 8), MLP: (2,), ResidualMLP: (2,)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Any, Literal, get_args
 
 import torch
@@ -50,7 +51,7 @@ class Settings(BaseModel, metaclass=_ByKeywords):
     no bool, text, NaN or infinity is taken for a number.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    model_config = ConfigDict(extra="forbid", frozen=True)
 
     @field_validator("*", mode="before")
     @classmethod
@@ -61,7 +62,9 @@ class Settings(BaseModel, metaclass=_ByKeywords):
         # Other text pydantic itself refuses.
         taken = isinstance(value, bool) or (isinstance(value, str) and _reads_as_number(value))
         if taken and kinds <= {int, float}:
-            raise ValueError(f"should be a valid {'integer' if kinds == {int} else 'number'}")
+            raise ValueError("should be a number")
+        if isinstance(value, float) and not math.isfinite(value) and kinds <= {int, float}:
+            raise ValueError("should be finite")
         return value
 
     @classmethod
