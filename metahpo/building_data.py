@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -21,7 +24,7 @@ from metahpo.config_data import (
 )
 from metahpo.config_learners import LinearHeadSettings
 from metahpo.custom import call, check_source, reason
-from metahpo.errors import ConfigError
+from metahpo.errors import ConfigError, DataError
 from metahpo.tasks import Episodes, LabelledImages, RolloutTasks, Sinusoid, TaskSource
 from metahpo.training.distributed import current
 from metahpo.training.settings import TrainingSettings
@@ -60,30 +63,32 @@ def build_tasks(
         from metahpo.tasks.completion import ImageCompletion, digits_by_split
 
         digits = digits_by_split()
-        return {
-            s: ImageCompletion(
-                digits[s].to(settings.torch_device()), s, shots=data.shots, queries=queries[s], seed=seed
-            )
-            for s in splits
-        }
+        with under_key("data.shots"):
+            return {
+                s: ImageCompletion(
+                    digits[s].to(settings.torch_device()), s, shots=data.shots, queries=queries[s], seed=seed
+                )
+                for s in splits
+            }
     images, rotate = images or load_images(config.data), getattr(data, "rotate", False)
     images = replace(images, images=images.images.to(settings.torch_device()))
     by_class = isinstance(config.learner, LinearHeadSettings)
-    return {
-        split: Episodes(
-            images,
-            split,
-            ways=data.shape(split)[0],
-            shots=data.shape(split)[1],
-            queries=queries[split],
-            imbalance=data.uneven(),
-            group=settings.tasks,
-            seed=seed,
-            rotate=rotate and split == "train",
-            labels="class" if by_class and split == "train" else "task",
-        )
-        for split in splits
-    }
+    tasks = {}
+    for split in splits:
+        with episode_keys(data, split):
+            tasks[split] = Episodes(
+                images,
+                split,
+                ways=data.shape(split)[0],
+                shots=data.shape(split)[1],
+                queries=queries[split],
+                imbalance=data.uneven(),
+                group=settings.tasks,
+                seed=seed,
+                rotate=rotate and split == "train",
+                labels="class" if by_class and split == "train" else "task",
+            )
+    return tasks
 
 
 def load_images(data: Any) -> LabelledImages:
@@ -95,21 +100,49 @@ def load_images(data: Any) -> LabelledImages:
     if isinstance(data, OmniglotSettings):
         from metahpo.tasks.omniglot import load_omniglot
 
-        return load_omniglot(data.root, split=data.split, download=data.download)
+        with under_key("data.root"):
+            return load_omniglot(data.root, split=data.split, download=data.download)
     if isinstance(data, FolderSettings):
         from metahpo.tasks.images import load_image_folder
 
-        return load_image_folder(data.root, size=data.size, channels=data.channels)
+        with under_key("data.root"):
+            return load_image_folder(data.root, size=data.size, channels=data.channels)
     if isinstance(data, CIFAR100Settings):
         from metahpo.tasks.cifar import load_cifar_fs, load_fc100
 
         load = load_cifar_fs if data.source == "cifar_fs" else load_fc100
-        return load(data.root, download=data.download)
+        with under_key("data.root"):
+            return load(data.root, download=data.download)
     if isinstance(data, DatasetSettings):
         from metahpo.building_dataset import load_dataset
 
         return load_dataset(data)
     raise ConfigError(f"data.source {data.source!r} holds no images")
+
+
+@contextmanager
+def under_key(key: str) -> Iterator[None]:
+    """Inside it an error of the data begins with the key of the config that it is about."""
+    try:
+        yield
+    except DataError as error:
+        raise DataError(f"{key}: {error}") from error
+    except OSError as error:
+        raise DataError(f"{key}: {error.filename or ''}: {error.strerror or error}") from error
+
+
+@contextmanager
+def episode_keys(data: Any, split: str) -> Iterator[None]:
+    """Inside it an error of ``Episodes`` names the key that its argument came from."""
+    try:
+        yield
+    except DataError as error:
+        found = re.match(r"(?:Episodes: )?(ways|shots|queries|imbalance|rotate)\b:? ?", str(error))
+        if found is None:
+            raise
+        name, said = found[1], str(error)[found.end() :]
+        evaluated = split != "train" and getattr(data, f"eval_{name}", None) is not None
+        raise DataError(f"data.{'eval_' if evaluated else ''}{name}: {said}") from error
 
 
 def check_device(settings: TrainingSettings) -> None:

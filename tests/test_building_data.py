@@ -111,3 +111,24 @@ def test_ranges_are_the_same_after_a_round_by_json(config):
     run = config("data.ways=[2, 4]", "data.imbalance={kind: random, max: 3}")
     assert validate(run.model_dump(mode="json"), "again") == run
     assert type(run.data).model_validate_json(run.data.model_dump_json()) == run.data
+
+
+@pytest.mark.parametrize(
+    ("overrides", "line"),
+    [
+        (("data.ways=99999",), "data.ways: split 'train' has "),
+        (("data.eval_ways=99999",), "data.eval_ways: split 'val' has "),
+        (("data.shots=50",), "data.shots: class "),
+        (("data.queries=19",), "data.queries: class "),
+        (("data.eval_queries=19",), "data.eval_queries: class "),
+        (("data.imbalance={kind: linear, max: 9}",), "data.imbalance: the mean "),
+        (("data={source: folder, root: nowhere}",), "data.root: nowhere: no such folder"),
+        (("data={source: omniglot, root: nowhere}",), "data.root: nowhere: no such folder"),
+        (("data={source: cifar_fs, root: nowhere}",), "data.root: nowhere/cifar-100-python/meta: cannot be read"),
+        (("data={source: digits_pixels, shots: 60, queries: 6}",), "data.shots: image completion: an image has"),
+    ],
+)
+def test_data_that_cannot_serve_are_named_by_their_key(config, overrides, line):
+    with pytest.raises(DataError) as caught:
+        build_tasks(config(*overrides))
+    assert str(caught.value).startswith(line)
