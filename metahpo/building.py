@@ -104,7 +104,9 @@ def _check_settings(settings: TrainingSettings, trained: dict[str, Any], path: P
     Device, engine and threads may change, which give the same numbers to rounding, how often a GPU's losses are read,
     and the number of test tasks.
     """
-    asked = settings.model_dump(exclude={"device", "engine", "threads", "check", "read_every", "test_tasks"})
+    asked = settings.model_dump(
+        exclude={"device", "engine", "threads", "check", "check_gradient", "read_every", "test_tasks"}
+    )
     lines = [
         f"training.{key}: config.yaml says {asked[key]!r}, but {path.name} was trained with {trained[key]!r}; "
         "set it back, or train anew"
