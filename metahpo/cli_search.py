@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -57,8 +58,10 @@ def _search(options: argparse.Namespace) -> int:
     config, run_dir = _resumed(options) if options.resume else _begun(options)
     executor = make_executor(config.search)
     search = build_search(config, f"{run_dir}/config.yaml" if options.resume else options.config)
-    run_dir = _ready(options, config, run_dir)
+    run_dir = run_dir or new_run_dir(Path(options.config))
+    # The study first, which one process alone holds: a command that is refused changes nothing.
     with search.study(run_dir) as study:
+        _write_config(config, run_dir, resumed=bool(options.resume))
         _run(search, study, executor, run_dir)
     return 0
 
@@ -94,8 +97,8 @@ def _resumed(options: argparse.Namespace) -> tuple[SearchConfig, Path]:
     return load_search(run_dir / "config.yaml", given), run_dir
 
 
-def _ready(options: argparse.Namespace, config: SearchConfig, run_dir: Path | None) -> Path:
-    """Makes the run directory and writes the config and versions there."""
+def _write_config(config: SearchConfig, run_dir: Path, resumed: bool) -> None:
+    """Writes the config and versions into the run directory; says where others may change figures."""
     import json
 
     from metahpo.config_file import dump_config
@@ -103,12 +106,34 @@ def _ready(options: argparse.Namespace, config: SearchConfig, run_dir: Path | No
     from metahpo.training.environment import versions
     from metahpo.training.settings import device_of
 
-    run_dir = run_dir or new_run_dir(Path(options.config))
     run_dir.mkdir(parents=True, exist_ok=True)
+    if not resumed and (run_dir / "config.yaml").exists():
+        raise CheckpointError(f"{run_dir} already holds a run; --resume it or choose another run_dir")
     write_atomically(run_dir / "config.yaml", dump_config(config).encode())
     device = ((config.run or {}).get("training") or {}).get("device", "auto")
-    write_atomically(run_dir / "versions.json", json.dumps(versions(device_of(device)), indent=2).encode())
-    return run_dir
+    path, now = run_dir / "versions.json", versions(device_of(device))
+    for name, before in _versions(path).items() if resumed else ():
+        if name in ("metahpo", "torch", "threads") and before != now.get(name):
+            print(
+                f"metahpo: begun with {name} {before}, now {now.get(name)}: figures may differ by rounding",
+                file=sys.stderr,
+            )
+    write_atomically(path, json.dumps(now, indent=2).encode())
+
+
+def _versions(path: Path) -> dict[str, str]:
+    """Those that a search was begun with; raises CheckpointError if the file is damaged."""
+    import json
+
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except ValueError:
+        found = None
+    if not isinstance(found, dict) or not all(isinstance(value, str) for value in found.values()):
+        raise CheckpointError(f"{path} is damaged: it is not what a search writes; remove it")
+    return found
 
 
 def _run(search: Search, study: Any, executor: Any, run_dir: Path) -> None:

@@ -52,7 +52,14 @@ class Search:
             folder=folder,
             parallel=search.parallel,
             name=search.name,
+            context=self._context,
         )
+
+    @property
+    def _context(self) -> dict[str, Any]:
+        """What the scores depend on beside space, searcher and seed; none of it may change."""
+        run = self.training.config({}).model_dump(mode="json", exclude={"run_dir"}) if self.training else None
+        return {"run": run, "objective": self.config.objective.model_dump(mode="json")}
 
     @property
     def names(self) -> list[str]:

@@ -400,3 +400,36 @@ def test_train_says_its_best_epoch_with_all_digits(here, capsys):
     _, state, _ = CheckpointStore(here / "trained" / "checkpoints").latest()
     best = min(state["history"], key=lambda row: row["val_loss"])
     assert f"best epoch by validation: {best['epoch']}, loss {best['val_loss']!r}\n" in capsys.readouterr().out
+
+
+def test_a_refused_command_has_written_nothing(done, capsys):
+    from metahpo.searchers.lock import FileLock
+
+    before = (done / "config.yaml").read_bytes()
+    with FileLock(done / "study.db.lock", "it"):
+        assert "is in use by process" in refused(capsys, "search", "--resume", "out", "search.trials=9")
+        assert (done / "config.yaml").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    "text, other, key",
+    [("epochs: 3", "epochs: 5", "run.training.epochs"), ("fidelity: epochs", "fidelity: tasks", "objective.fidelity")],
+)
+def test_an_edited_config_is_not_resumed(text, other, key, done, capsys):
+    config = done / "config.yaml"
+    edited = config.read_text().replace(text, other)
+    config.write_text(edited)
+    assert f"is a search with {key} " in refused(capsys, "search", "--resume", "out", "search.trials=4")
+    assert config.read_text() == edited
+
+
+def test_another_torch_is_said(done, capsys):
+    path = done / "versions.json"
+    path.write_text(path.read_text().replace(torch.__version__, "1.0"))
+    assert main(["search", "--resume", "out"]) == 0
+    assert f"begun with torch 1.0, now {torch.__version__}" in capsys.readouterr().err
+
+
+def test_an_objective_without_a_name_is_the_training(here, capsys):
+    assert main(["search", "search.yaml", "objective={fidelity: epochs, objectives: [loss]}", "search.trials=1"]) == 0
+    assert "1 trials: 1 complete" in capsys.readouterr().out

@@ -109,7 +109,8 @@ class Coordinator:
                 self._finish(event.number, result)
                 return
             record = self.study.died(event.number)
-            if record.deaths < self.max_attempts:
+            # One that gets further each time is on its way.
+            if record.stalled < self.max_attempts:
                 self._waiting.append(event.number)
             else:
                 why = f"its worker died {record.deaths} times, the last time {event.why}"

@@ -16,7 +16,8 @@ class TrialRecord:
 
     scores: one an objective, None unless complete. error: of a failed one, the traceback or what was wrong with its
     score. budget, parent, notes: see ``Proposal``. reports: what the objective reported, by step. seconds: of the
-    attempt that ended it. deaths: how often its worker died.
+    attempt that ended it. deaths: how often its worker died; stalled: how often in a row without having reported
+    a later step than at the death before, which was ``reached``.
     """
 
     number: int
@@ -31,6 +32,8 @@ class TrialRecord:
     reports: Mapping[int, float] = field(default_factory=dict)
     seconds: float | None = None
     deaths: int = 0
+    stalled: int = 0
+    reached: int = -1
     # The notes that came with the proposal: what a searcher may see before the trial has ended.
     proposed: Mapping[str, Any] = field(default_factory=dict)
     # The virtual clock's times and how many trials had ended by it: see ``VirtualClock``.

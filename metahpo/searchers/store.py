@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import sqlite3
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from decimal import Decimal
 from functools import wraps
@@ -28,7 +29,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from metahpo.errors import SearchError, one_line
 from metahpo.searchers.executors.base import Result
-from metahpo.searchers.records import TrialRecord
+from metahpo.searchers.records import TrialRecord, plain
 from metahpo.searchers.settings import Choice, Float, Int, Setting
 from metahpo.searchers.space import Space
 
@@ -54,6 +55,24 @@ def _in_one_line(method: F) -> F:
     return wrapped  # type: ignore[return-value]
 
 
+def _whole(method: F) -> F:
+    """Whatever reading a damaged database ends by, as a SearchError."""
+
+    @wraps(method)
+    def wrapped(self: StudyStore, *args: Any, **options: Any) -> Any:
+        try:
+            return method(self, *args, **options)
+        except SearchError:
+            raise
+        # Optuna turns rows into dates, states, distributions and JSON, each with errors of its own.
+        except Exception as error:
+            raise SearchError(
+                f"{self.storage}: study {self.name!r} is damaged: {type(error).__name__}: {one_line(error, 120)}"
+            ) from error
+
+    return wrapped  # type: ignore[return-value]
+
+
 class StudyStore:
     """One study of a database.
 
@@ -67,12 +86,15 @@ class StudyStore:
         self._backend = _open(storage, make)
         self._study: int | None = None
         self._ids: dict[int, int] = {}
+        self._sums: dict[int, str | None] = {}
 
+    @_whole
     @_in_one_line
     def exists(self) -> bool:
         """Whether the study is there; one whose process died while it made it is not, and is removed."""
         for study in self._backend.get_all_studies():
             if study.study_name != self.name:
+                self._check_name(study.study_name, study.user_attrs.get("metahpo"))
                 continue
             if "metahpo" in study.user_attrs or self._backend.get_all_trials(study._study_id, deepcopy=False):
                 return True
@@ -83,8 +105,9 @@ class StudyStore:
     def create(self, kept: Mapping[str, Any]) -> None:
         directions = [DIRECTIONS[d] for d in kept["directions"]]
         self._study = self._backend.create_new_study(directions, self.name)
-        self._backend.set_study_user_attr(self._study, "metahpo", {"format": FORMAT, **kept})
+        self.set_kept(kept)
 
+    @_whole
     @_in_one_line
     def kept(self) -> dict[str, Any]:
         """What ``create`` was given; raises SearchError for a study of another program or a newer version."""
@@ -100,31 +123,68 @@ class StudyStore:
                 f"{self.storage}: study {self.name!r} has format {kept['format']}, of a newer metahpo; "
                 f"this one reads up to {FORMAT}: upgrade metahpo"
             )
+        kept = dict(kept)
+        if "sum" in kept and kept.pop("sum") != checksum(kept):
+            raise SearchError(f"{self.storage}: study {self.name!r} is damaged: its checksum is not what was written")
+        self._check_name(self.name, kept)
+        if list(self._backend.get_study_directions(self._study)) != [DIRECTIONS[d] for d in kept["directions"]]:
+            raise SearchError(f"{self.storage}: study {self.name!r} is damaged: its directions differ")
         return kept
+
+    def _check_name(self, name: str, kept: Mapping[str, Any] | None) -> None:
+        """Raises SearchError for a study by another name than it was made by: it would be begun a second time."""
+        if kept and kept.get("name", name) != name:
+            raise SearchError(f"{self.storage}: is damaged: study {kept['name']!r} is named {name!r}")
 
     @_in_one_line
     def set_kept(self, kept: Mapping[str, Any]) -> None:
         assert self._study is not None
-        self._backend.set_study_user_attr(self._study, "metahpo", {"format": FORMAT, **kept})
+        written = {**plain(kept), "format": FORMAT, "name": self.name}
+        written.pop("sum", None)
+        self._backend.set_study_user_attr(self._study, "metahpo", {**written, "sum": checksum(written)})
 
+    @_whole
     @_in_one_line
     def records(self, space: Space) -> list[TrialRecord]:
         """All trials, by number."""
         assert self._study is not None
         trials = self._backend.get_all_trials(self._study, deepcopy=False)
         self._ids = {trial.number: trial._trial_id for trial in trials}
+        self._sums = {trial.number: trial.user_attrs.get("metahpo", {}).get("sum") for trial in trials}
         for trial in trials:
             if "metahpo" not in trial.user_attrs:
                 raise SearchError(
                     f"{self.storage}: trial {trial.number} of study {self.name!r} was not made by metahpo"
                 )
-        return [_record(trial, space) for trial in trials]
+        if [trial.number for trial in trials] != list(range(len(trials))):
+            raise SearchError(f"{self.storage}: study {self.name!r} is damaged: trials are missing")
+        records = [_record(trial, space) for trial in trials]
+        for record, trial in zip(records, trials):
+            self._check(record, trial)
+        return records
+
+    def _check(self, record: TrialRecord, trial: FrozenTrial) -> None:
+        """Raises SearchError unless the trial is as it was written; those of older versions have no checksums."""
+        kept, result = dict(trial.user_attrs["metahpo"]), dict(trial.user_attrs.get("result", {}))
+        asked = kept.pop("sum", None)
+        whole = asked is None or asked == checksum([self.name, record.number, kept])
+        if record.state != "running" and asked is not None:
+            written = result.pop("sum", None)
+            ending = _ending(asked, record.scores, record.error, result, record.reports)
+            whole = whole and written == checksum(ending)
+        deaths = trial.user_attrs.get("deaths")
+        if isinstance(deaths, dict):
+            deaths = dict(deaths)
+            whole = whole and deaths.pop("sum", None) == checksum([asked, deaths])
+        if not whole:
+            raise SearchError(f"{self.storage}: trial {record.number} is damaged: its checksum is not what was written")
 
     @_in_one_line
     def add(self, record: TrialRecord, space: Space) -> int:
         """A new trial, at work, in one transaction; gives its number."""
         assert self._study is not None
-        kept = {key: getattr(record, key) for key in ("settings", "budget", "parent", "notes", "clock")}
+        kept = plain({key: getattr(record, key) for key in ("settings", "budget", "parent", "notes", "clock")})
+        kept["sum"] = self._sums[record.number] = checksum([self.name, record.number, kept])
         # Those that a dashboard's table should show.
         shown = {key: kept[key] for key in ("budget", "parent") if kept[key] is not None}
         template = create_trial(
@@ -143,14 +203,19 @@ class StudyStore:
         self._backend.set_trial_intermediate_value(self._ids[number], step, score)
 
     @_in_one_line
-    def died(self, number: int, deaths: int) -> None:
-        self._backend.set_trial_user_attr(self._ids[number], "deaths", deaths)
+    def died(self, record: TrialRecord) -> None:
+        deaths = {"count": record.deaths, "stalled": record.stalled, "reached": record.reached}
+        written = {**deaths, "sum": checksum([self._sums[record.number], deaths])}
+        self._backend.set_trial_user_attr(self._ids[record.number], "deaths", written)
 
     @_in_one_line
-    def end(self, number: int, result: Result) -> None:
+    def end(self, number: int, result: Result, reports: Mapping[int, float]) -> None:
         """Ends a trial that is at work; the state comes last, so that it has ended whole or not at all."""
         trial = self._ids[number]
-        details = {"seconds": result.seconds, "gradients": result.gradients, "notes": result.notes}
+        details = plain({"seconds": result.seconds, "gradients": result.gradients, "notes": result.notes})
+        asked = self._sums[number]
+        if asked is not None:
+            details["sum"] = checksum(_ending(asked, result.scores, result.error, details, reports))
         self._backend.set_trial_user_attr(trial, "result", details)
         if result.error is not None:
             self._backend.set_trial_user_attr(trial, "error", result.error)
@@ -161,6 +226,23 @@ class StudyStore:
         if isinstance(self._backend, RDBStorage):
             self._backend.remove_session()
             self._backend.engine.dispose()
+
+
+def checksum(tree: Any) -> str:
+    """Of plain values, however they are ordered."""
+    return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _ending(
+    asked: str,
+    scores: Sequence[float] | None,
+    error: str | None,
+    details: Mapping[str, Any],
+    reports: Mapping[int, float],
+) -> list[Any]:
+    """What the checksum of a trial that has ended is of; databases know no negative zero."""
+    values = None if scores is None else [score + 0.0 for score in scores]
+    return [asked, values, error, details, sorted([step, score + 0.0] for step, score in reports.items())]
 
 
 def distribution(setting: Setting) -> BaseDistribution:
@@ -185,7 +267,10 @@ def _parameter(setting: Setting, value: Any) -> Any:
 
 def _record(trial: FrozenTrial, space: Space) -> TrialRecord:
     kept, result = trial.user_attrs["metahpo"], trial.user_attrs.get("result", {})
-    clock = kept["clock"]
+    clock, deaths = kept["clock"], trial.user_attrs.get("deaths", 0)
+    # A number alone in studies of older versions.
+    if not isinstance(deaths, dict):
+        deaths = {"count": deaths, "stalled": deaths, "reached": -1}
     return TrialRecord(
         number=trial.number,
         settings={name: kept["settings"][name] for name in space if name in kept["settings"]},
@@ -199,7 +284,9 @@ def _record(trial: FrozenTrial, space: Space) -> TrialRecord:
         gradients=result.get("gradients", {}),
         reports=dict(trial.intermediate_values),
         seconds=result.get("seconds"),
-        deaths=trial.user_attrs.get("deaths", 0),
+        deaths=deaths["count"],
+        stalled=deaths["stalled"],
+        reached=deaths["reached"],
         clock=(clock[0], clock[1], int(clock[2])) if clock else None,
     )
 
@@ -217,7 +304,7 @@ def _open(storage: str | Path | None, make: bool) -> BaseStorage:
         if path.exists() or not make:
             _check_file(path, make)
         # Braces are Optuna's own templates. A reader, such as a dashboard, may hold the file for a moment.
-        url = str(URL.create("sqlite", database=str(path))).replace("{", "{{").replace("}", "}}")
+        url = str(URL.create("sqlite", database=str(path.absolute()))).replace("{", "{{").replace("}", "}}")
         return RDBStorage(url, {"connect_args": {"timeout": BUSY_SECONDS}}, skip_table_creation=not make)
     except SearchError:
         raise
@@ -232,6 +319,11 @@ def _check_file(path: Path, make: bool) -> None:
         raise SearchError(f"{path} is {'a folder' if path.is_dir() else 'not there'}, expected a study file")
     with closing(sqlite3.connect(path, timeout=BUSY_SECONDS)) as database:
         tables = {name for (name,) in database.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
+        found = [row[0] for row in database.execute("PRAGMA integrity_check(1)")]
+        strays = database.execute("PRAGMA foreign_key_check").fetchone() if found == ["ok"] else None
+    if "studies" in tables and (found != ["ok"] or strays):
+        what = one_line(found[0], 120) if found != ["ok"] else f"a row of {strays[0]} belongs to nothing"
+        raise SearchError(f"{path} is a damaged study file: {what}")
     if "studies" not in tables and (tables or not make):
         found = f"tables {', '.join(sorted(tables))}" if tables else "an empty database"
         raise SearchError(f"{path} is not a study file: found {found:.200}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -40,6 +40,8 @@ class Study:
     is ordered (see ``VirtualClock``; default: those of the first ``optimize``); with the same ``parallel`` any number
     of workers gives the same trials.
 
+    context: plain values that the scores depend on; a study with other ones is refused.
+
     One process alone writes to a study: a second one is refused. Raises SearchError.
     """
 
@@ -54,6 +56,7 @@ class Study:
         folder: str | Path | None = None,
         parallel: int | None = None,
         name: str = "study",
+        context: Mapping[str, Any] | None = None,
     ):
         self.space = check_type(self, "space", space, Space, "a Space", **ARGUMENT)
         self.searcher = Random() if searcher is None else searcher
@@ -63,6 +66,9 @@ class Study:
         if parallel is not None:
             parallel = check_whole(self, "parallel", parallel, at_least=1, **ARGUMENT)
         self.name = _checked_places(storage, folder, name)
+        if context is not None:
+            check_type(self, "context", context, Mapping, "a mapping of plain values", **ARGUMENT)
+        self._context = None if context is None else plain(context)
         self.searcher.check(space)
         self.parallel, self._open = parallel, True
         self.folder = _folder(storage, folder, name)
@@ -78,6 +84,8 @@ class Study:
     def _begin(self) -> None:
         kept = {"space": self.space.tree(), "directions": self.directions, "seed": self.seed}
         kept |= {"searcher": repr(self.searcher), "parallel": self.parallel}
+        if self._context is not None:
+            kept["context"] = self._context
         if not self._store.exists():
             self._check_fresh()
             self._store.create(kept)
@@ -86,7 +94,10 @@ class Study:
             _check_same(there, kept, self._store.storage)
             if self.parallel is None:
                 self.parallel = there["parallel"]
-            elif self.parallel != there["parallel"]:
+            kept = {**kept, "parallel": self.parallel}
+            if "context" in there:
+                kept.setdefault("context", there["context"])
+            if self.parallel != there["parallel"] or kept.get("context") != there.get("context"):
                 self._store.set_kept(kept)
         self._kept = {**kept, "parallel": self.parallel}
         self._load()
@@ -338,8 +349,7 @@ class Study:
         return path and path.with_suffix(".json")
 
     def _path(self, kind: str, number: int) -> Path | None:
-        # Absolute, for a worker may be at work elsewhere.
-        return self.folder and self.folder.absolute() / kind / f"{number:05d}"
+        return self.folder and self.folder / kind / f"{number:05d}"
 
     def report(self, number: int, step: int, score: float) -> None:
         record = self._records[number]
@@ -350,9 +360,12 @@ class Study:
 
     def died(self, number: int) -> TrialRecord:
         record = self._records[number]
-        self._records[number] = replace(record, deaths=record.deaths + 1)
-        self._store.died(number, record.deaths + 1)
-        return self._records[number]
+        reached = max(record.reports, default=-1)
+        stalled = 1 if reached > record.reached else record.stalled + 1
+        record = replace(record, deaths=record.deaths + 1, stalled=stalled, reached=max(reached, record.reached))
+        self._store.died(record)
+        self._records[number] = record
+        return record
 
     def end(self, number: int, result: Result) -> TrialRecord:
         """Ends a trial; of a result with another number of scores than the study's objectives the trial fails."""
@@ -360,9 +373,9 @@ class Study:
             found, expected = len(result.scores), len(self.directions)
             result = replace(result, scores=None, error=f"the objective gave {found} scores, expected {expected}")
         # Some may not have arrived before the study's process was killed.
-        for step in [step for step in result.reports if step not in self._records[number].reports]:
-            self.report(number, step, result.reports[step])
-        self._store.end(number, result)
+        for step, score in result.reports.items():
+            self.report(number, step, score)
+        self._store.end(number, result, self._records[number].reports)
         if path := self.result_path(number):
             for left in (path, path.with_suffix(".lock")):
                 left.unlink(missing_ok=True)
@@ -414,6 +427,27 @@ def _check_same(there: Mapping[str, Any], kept: Mapping[str, Any], storage: Any)
     for key in ("directions", "seed", "searcher"):
         if there[key] != kept[key]:
             raise SearchError(f"{storage} is a study with {key} {there[key]}, asked was {kept[key]}; use another file")
+    if "context" in there and "context" in kept:
+        _check_context(there["context"], kept["context"], storage)
+
+
+def _check_context(there: Mapping[str, Any], asked: Mapping[str, Any], storage: Any) -> None:
+    """Raises SearchError, naming the key, where what the scores depend on has changed."""
+    found, given = dict(_leaves(there)), dict(_leaves(asked))
+    for key in {**found, **given}:
+        if not same(found.get(key), given.get(key)):
+            raise SearchError(
+                f"{storage} is a search with {key} {shown(found.get(key))}, asked was {shown(given.get(key))}; "
+                "set it back, or search in another folder"
+            )
+
+
+def _leaves(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(tree, Mapping) and tree:
+        for key, value in tree.items():
+            yield from _leaves(value, f"{path}.{key}" if path else str(key))
+    else:
+        yield path, tree
 
 
 def _budget(record: TrialRecord) -> float:
@@ -421,20 +455,23 @@ def _budget(record: TrialRecord) -> float:
 
 
 def _folder(storage: str | Path | None, folder: str | Path | None, name: str) -> Path | None:
-    """Where a study's trials and results are kept; None for one in memory."""
+    """Where a study's trials and results are kept; None for one in memory.
+
+    Absolute, for a worker may be elsewhere, and an objective may change the working directory.
+    """
     if folder is not None:
-        return Path(folder)
+        return Path(folder).absolute()
     if storage is None:
         return None
     path = sqlite_path(storage)
     base = path.with_suffix(".files") if path else Path("runs") / "studies"
-    return base / name if name != "study" or not path else base
+    return (base / name if name != "study" or not path else base).absolute()
 
 
 def _locked(storage: str | Path | None, folder: Path | None) -> FileLock | None:
     path = sqlite_path(storage) if storage is not None else None
     if path:
-        lock = FileLock(path.with_name(f"{path.name}.lock"), f"study {storage}")
+        lock = FileLock(path.absolute().with_name(f"{path.name}.lock"), f"study {storage}")
     elif folder:
         lock = FileLock(folder / "study.lock", f"study {storage or folder}")
     else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import time
@@ -15,7 +16,7 @@ import torch
 from metahpo.building import build, resume_trainer
 from metahpo.config import RunConfig
 from metahpo.config_file import dump_config, load_config
-from metahpo.errors import CheckpointError, SearchError
+from metahpo.errors import CheckpointError, ConfigError, SearchError
 from metahpo.tasks import LabelledImages
 from metahpo.training.checkpoint import CheckpointStore, load_checkpoint, load_learner, position, write_atomically
 from metahpo.training.metrics import Row, best_epochs
@@ -56,7 +57,11 @@ class TrialRun:
 
     def _kept(self, asked: RunConfig) -> RunConfig:
         """The config in the run directory, which should be that asked for."""
-        kept = load_config(self.run_dir / "config.yaml")
+        try:
+            kept = load_config(self.run_dir / "config.yaml")
+        except ConfigError as error:
+            # It was valid when it was written.
+            raise CheckpointError(f"damaged: {error}") from None
         chosen = {key: getattr(kept.training, key) for key in ("engine", "threads")}
         if kept != asked.model_copy(update={"training": asked.training.model_copy(update=chosen)}):
             raise SearchError(f"{self.run_dir} holds a run with another config; remove it, or search in another folder")
@@ -122,7 +127,7 @@ def _go_on_from(parent: Path, run_dir: Path) -> None:
     try:
         newest, _, _ = store.latest()
     except CheckpointError as error:
-        raise SearchError(f"{run_dir} should go on from the trial in {parent.parent}: {error}") from None
+        raise CheckpointError(f"{run_dir} should go on from the trial in {parent.parent}: {error}") from None
     temporary = run_dir.with_name(f".{run_dir.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     (temporary / "checkpoints").mkdir(parents=True)
@@ -147,6 +152,23 @@ def _link(source: Path, target: Path) -> None:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text())
+        state = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(state, dict) and _number(state.get("seconds", 0.0)) and _start(state.get("resumed_from")):
+            return state
     except FileNotFoundError:
         return {}
+    except ValueError:
+        pass
+    raise CheckpointError(f"{path} is damaged: it is not what a trial writes; remove the trial's folder")
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < math.inf
+
+
+def _start(value: Any) -> bool:
+    """Whether that is what ``resumed_from`` gives."""
+    if value is None:
+        return True
+    whole = isinstance(value, dict) and all(type(value.get(name)) is int for name in ("epoch", "iteration"))
+    return whole and isinstance(value.get("checkpoint"), str)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import hashlib
 import json
 import math
 import time
@@ -12,7 +14,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from metahpo.errors import MetaHPOError, one_line
+from metahpo.errors import CheckpointError, MetaHPOError, SearchError, one_line
 from metahpo.searchers.lock import FileLock
 from metahpo.searchers.outcome import Outcome
 from metahpo.searchers.records import plain
@@ -116,26 +118,67 @@ def run_job(objective: Objective, job: Job, report: Callable[[int, float], None]
         try:
             result = Result.of(objective(trial))
         except (Exception, SystemExit) as raised:
+            _refuse_fault(raised, job)
             result = Result(error=_told(raised))
         result = replace(result, reports=trial.reports, seconds=time.perf_counter() - started)
         if job.result:
-            write_result(job.result, result)
+            try:
+                write_result(job.result, result)
+            except OSError as error:
+                raise _fault(error, job, job.result) from error
         return result
 
 
+# Errors that say nothing about a trial's settings.
+MACHINE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO}
+MACHINE |= {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE, errno.ENOTCONN, errno.EFBIG}
+
+
+def _refuse_fault(raised: BaseException, job: Job) -> None:
+    """Raises SearchError where the machine failed rather than the trial: a full disk, a damaged file, ...
+
+    The trial stays at work: when the search is gone on with, it is tried again.
+    """
+    if isinstance(raised, CheckpointError) or (isinstance(raised, OSError) and raised.errno in MACHINE):
+        raise _fault(raised, job, job.folder) from raised
+
+
+def _fault(error: BaseException, job: Job, path: Path | None) -> SearchError:
+    said = one_line(error)
+    if isinstance(error, OSError):
+        where = error.filename or path
+        said = f"{where}: {error.strerror or said}" if where else error.strerror or said
+    return SearchError(f"stopped at trial {job.number}, which is tried again when the search is gone on with: {said}")
+
+
 def write_result(path: Path, result: Result) -> None:
-    write_atomically(path, json.dumps(asdict(result)).encode())
+    tree = asdict(result)
+    # As it will be read back, with text for the steps.
+    tree = json.loads(json.dumps(tree))
+    write_atomically(path, json.dumps({**tree, "sum": _checksum(tree)}).encode())
+
+
+def _checksum(tree: Any) -> str:
+    return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def read_result(path: Path) -> Result | None:
     """The result left in a file, or None."""
     try:
-        tree = json.loads(path.read_text())
+        tree = json.loads(path.read_text(encoding="utf-8"))
+        # Those of older versions have none.
+        written = tree.pop("sum", None)
+        if written is not None and written != _checksum(tree):
+            raise ValueError("its checksum is not what was written")
+        tree["scores"] = tree["scores"] and tuple(map(float, tree["scores"]))
+        tree["reports"] = {int(step): float(score) for step, score in tree["reports"].items()}
+        return Result(**tree)
     except FileNotFoundError:
         return None
-    tree["scores"] = tree["scores"] and tuple(tree["scores"])
-    tree["reports"] = {int(step): score for step, score in tree["reports"].items()}
-    return Result(**tree)
+    except OSError as error:
+        raise SearchError(f"cannot read {path}: {error.strerror}") from None
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise SearchError(f"{path} is damaged: {one_line(error, 100)}; remove it, and its trial is run again") from None
 
 
 def _told(error: BaseException) -> str:

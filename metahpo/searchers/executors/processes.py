@@ -23,6 +23,20 @@ from metahpo.searchers.trial import Job
 # What sets the number of threads of the libraries that torch and NumPy compute with.
 THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
+# A worker imports for seconds; it should end with the study's process in that time too.
+START = """
+import os, select, signal, sys, threading
+
+def watch():
+    line = select.poll()
+    line.register(int(sys.argv[1]), 0)
+    line.poll()
+    os.killpg(os.getpid(), signal.SIGKILL)
+
+threading.Thread(target=watch, daemon=True).start()
+from metahpo.searchers.executors.worker import main
+main()
+"""
 # Libraries that are asked for many more end the process.
 MOST_THREADS = 1024
 
@@ -121,7 +135,7 @@ class _Worker:
         if log:
             log.parent.mkdir(parents=True, exist_ok=True)
         with theirs, open(log, "ab") if log else open(os.devnull, "wb") as out:
-            command = [sys.executable, "-m", "metahpo.searchers.executors.worker", str(theirs.fileno())]
+            command = [sys.executable, "-c", START, str(theirs.fileno())]
             # In a session of its own, where Ctrl-C does not reach it: the study decides what becomes of its trial.
             self.process = subprocess.Popen(
                 command,

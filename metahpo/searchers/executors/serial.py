@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import chdir, contextmanager
 from pathlib import Path
 
 from metahpo.searchers.executors.base import Died, Event, Executor, Finished, Objective, Reported, run_job
@@ -42,7 +43,8 @@ class Serial(Executor):
     def wait(self, emit: Callable[[Event], None], seconds: float) -> None:
         if self._jobs:
             job = self._jobs.pop(0)
-            with _begun(job) as before:
+            # The objective may change it: all that is relative is meant from here.
+            with _begun(job) as before, chdir(os.getcwd()):
                 if before:
                     emit(Died(job.number, "with the study's own process"))
                     return
