@@ -68,14 +68,15 @@ def relative(residual: Tensor, rhs: Tensor) -> Tensor:
     return residual.norm() / torch.where(size > 0, size, 1)
 
 
-def check_settings(solver: object, count: str = "steps", *positive: str) -> None:
+def check_settings(solver: object, count: str = "steps", *positive: str, stops: bool = True) -> None:
     """Makes the settings Python's own numbers; raises HypergradientError for those that no solver can have.
 
-    count: the name of a whole number of at least 1; positive: of numbers that should be above zero.
+    count: the name of a whole number of at least 1; positive: of numbers that should be above zero; stops: whether it
+    stops at its tolerance, or only warns above it.
     """
     bounds: dict[str, dict[str, float]] = {
-        # At a tolerance of 1 zero is a solution, and so the gradient.
-        "tolerance": {"at_least": 0, "below": 1},
+        # Where it stops at a tolerance of 1 zero is a solution, and so the gradient.
+        "tolerance": {"at_least": 0, "below": 1} if stops else {"at_least": 0, "infinite": True},
         "damping": {"at_least": 0},
         **{key: {"above": 0} for key in positive},
     }

@@ -32,7 +32,7 @@ class Neumann:
     advice: ClassVar[str] = "take more steps, or a lower scale where it is above 1"
 
     def __post_init__(self):
-        check_settings(self, "steps", "scale")
+        check_settings(self, "steps", "scale", stops=False)
 
     def __call__(self, product: Product, rhs: Tensor, start: Tensor | None = None) -> Solution:
         v, left = first_guess(product, rhs, start)

@@ -33,7 +33,7 @@ class Nystrom:
     advice: ClassVar[str] = "raise the rank or the damping"
 
     def __post_init__(self):
-        check_settings(self, "rank", "damping")
+        check_settings(self, "rank", "damping", stops=False)
 
     def __call__(self, product: Product, rhs: Tensor, start: Tensor | None = None) -> Solution:
         count = rhs.numel()
