@@ -11,7 +11,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from metahpo.errors import NetError
+from metahpo.checks import check_whole
+from metahpo.errors import NetArgumentError
 from metahpo.functional.trees import Params
 from metahpo.inner.explicit import explicit, explicit_at_first
 from metahpo.inner.gradient import InnerGradient, InnerLoss
@@ -42,8 +43,7 @@ class Every:
     k: int
 
     def __post_init__(self):
-        if type(self.k) is not int or self.k < 1:
-            raise NetError(f"Every: k should be a number of steps of at least 1, found {self.k!r}")
+        object.__setattr__(self, "k", check_whole(self, "k", self.k, at_least=1, error=NetArgumentError))
 
     def segments(self, batches: Iterable[Any]) -> Iterator[list[Any]]:
         left = iter(batches)

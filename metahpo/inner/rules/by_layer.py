@@ -6,7 +6,8 @@ from collections.abc import Iterable, Mapping
 
 from torch import Tensor, nn
 
-from metahpo.errors import NetError
+from metahpo.checks import check_flag, check_whole
+from metahpo.errors import NetArgumentError, NetError
 from metahpo.inner.rules.base import Hyper, PerTensorRule
 
 
@@ -32,6 +33,9 @@ class ByLayer(PerTensorRule):
         learnable: bool = True,
     ):
         super().__init__()
+        phases = check_whole(self, "phases", phases, error=NetArgumentError)
+        steps = None if steps is None else check_whole(self, "steps", steps, error=NetArgumentError)
+        learnable = check_flag(self, "learnable", learnable, error=NetArgumentError)
         self.names, self.phases, self.steps = tuple(names), phases, steps or phases
         own = dict(rule.named_parameters())
         if not isinstance(rule, PerTensorRule) or not own or any(p.ndim for p in own.values()):

@@ -7,7 +7,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from metahpo.errors import NetError
+from metahpo.checks import check_flag
+from metahpo.errors import NetArgumentError, NetError
 from metahpo.functional.trees import Params
 from metahpo.inner.rules.base import RuleState, UpdateRule
 
@@ -23,7 +24,8 @@ class LayerStepRates(UpdateRule):
     def __init__(self, names: Iterable[str], steps: int, lr: float, *, learnable: bool = True):
         super().__init__()
         self.names = tuple(names)
-        self.rates = nn.Parameter(torch.full((len(self.names), steps), float(lr)), requires_grad=learnable)
+        learnable = check_flag(self, "learnable", learnable, error=NetArgumentError)
+        self.rates = nn.Parameter(torch.full((len(self.names), int(steps)), float(lr)), requires_grad=learnable)
         self._row = {name: i for i, name in enumerate(self.names)}
 
     def forward(self, params: Params, grads: Params, state: RuleState, step: int) -> tuple[Params, RuleState]:

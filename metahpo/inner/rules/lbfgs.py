@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from metahpo.errors import NetError
+from metahpo.checks import check_whole
+from metahpo.errors import NetArgumentError
 from metahpo.functional.trees import Params
 from metahpo.inner.rules.base import RuleState, UpdateRule
 from metahpo.inner.rules.curvature import flat, split
@@ -30,8 +31,7 @@ class LBFGS(UpdateRule):
 
     def __init__(self, lr: float = 1.0, history: int = 10, *, learnable: bool = False):
         super().__init__()
-        if type(history) is not int or history < 1:
-            raise NetError(f"LBFGS: history should be a whole number of at least 1, found {history!r}")
+        history = check_whole(self, "history", history, at_least=1, error=NetArgumentError)
         self.history = history
         self.add_scalars(learnable, lr=lr)
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from metahpo.checks import check_number
+from metahpo.errors import NetArgumentError
 from metahpo.functional.trees import Params
 from metahpo.inner.gradient import StepLoss
 from metahpo.inner.linear_solve import ConjugateGradients
@@ -38,7 +40,8 @@ class LevenbergMarquardt(CurvatureRule):
         learnable: bool = False,
     ):
         super().__init__(solver)
-        self.outputs, self.criterion, self.up, self.down = outputs, criterion, up, down
+        self.outputs, self.criterion = outputs, criterion
+        self.up, self.down = (check_number(self, n, v, error=NetArgumentError) for n, v in (("up", up), ("down", down)))
         self.add_scalars(learnable, damping=damping)
 
     def init(self, params: Params) -> RuleState:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from metahpo.checks import check_flag, check_number
+from metahpo.errors import NetArgumentError
 from metahpo.functional.trees import Params
 from metahpo.inner.rules.base import RuleState, UpdateRule
 
@@ -20,7 +22,8 @@ class MetaCurvature(UpdateRule):
 
     def __init__(self, params: Params, lr: float, *, learnable: bool = True):
         super().__init__()
-        self.lr = lr
+        self.lr = check_number(self, "lr", lr, error=NetArgumentError)
+        learnable = check_flag(self, "learnable", learnable, error=NetArgumentError)
         self.names = tuple(params)
         self.matrices = nn.ModuleList(
             nn.ParameterList(

@@ -7,7 +7,8 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from metahpo.errors import NetError
+from metahpo.checks import check_flag, check_whole
+from metahpo.errors import NetArgumentError, NetError
 from metahpo.inner.rules.base import Hyper, PerTensorRule
 
 
@@ -29,7 +30,9 @@ class Scheduled(PerTensorRule):
             raise NetError(
                 f"Scheduled: expected factors and every at least 1, found {len(factors)} factors, every {every}"
             )
-        self.rule, self.every = rule, every
+        self.rule = rule
+        self.every = check_whole(self, "every", every, error=NetArgumentError)
+        learnable = check_flag(self, "learnable", learnable, error=NetArgumentError)
         self.factors = nn.Parameter(torch.tensor([float(f) for f in factors]), requires_grad=learnable)
 
     def tensor_state(self, param: Tensor) -> dict[str, Tensor]:

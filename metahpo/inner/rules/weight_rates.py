@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from metahpo.errors import NetError
+from metahpo.checks import check_flag
+from metahpo.errors import NetArgumentError, NetError
 from metahpo.functional.trees import Params
 from metahpo.inner.rules.base import RuleState, UpdateRule
 
@@ -22,6 +23,7 @@ class WeightRates(UpdateRule):
     def __init__(self, params: Params, lr: float, *, steps: int | None = None, learnable: bool = True):
         super().__init__()
         self.names = tuple(params)
+        learnable = check_flag(self, "learnable", learnable, error=NetArgumentError)
         self.rates = nn.ParameterList(
             nn.Parameter(torch.full((steps or 1, *p.shape), float(lr), dtype=p.dtype, device=p.device), learnable)
             for p in params.values()
