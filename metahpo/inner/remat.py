@@ -63,7 +63,7 @@ class Sqrt:
 
 def named_remat(setting: int | str) -> Remat:
     """As configs name them: "none", "sqrt", or N for ``Every(N)``."""
-    if isinstance(setting, int):
+    if not isinstance(setting, str):
         return Every(setting)
     return Sqrt() if setting == "sqrt" else NoRemat()
 

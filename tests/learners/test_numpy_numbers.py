@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from metahpo.errors import NetError
-from metahpo.inner import LBFGS, SGD, Adam, ByLayer, Every, LevenbergMarquardt, Newton, Scheduled
+from metahpo.inner import LBFGS, SGD, Adam, ByLayer, Every, LevenbergMarquardt, Scheduled
 from metahpo.learners import CAVIA, IMAML, MAML, Improvements, LinearHead, MetaCurvature, MetaSGD, ProtoNet, Reptile
 from metahpo.tasks import Task
 from metahpo.training.engines import Loop
@@ -31,7 +31,6 @@ MAKERS = {
     "by_layer": lambda n, net: MAML(net, steps=2, rule=ByLayer(SGD(n(0.1)), NAMES, n(2), n(2), learnable=n(True))),
     "scheduled": lambda n, net: MAML(net, steps=2, rule=Scheduled(SGD(n(0.1)), [n(1.0), n(0.5)], n(1))),
     "lbfgs": lambda n, net: MAML(net, steps=2, rule=LBFGS(n(0.1), n(3))),
-    "newton": lambda n, net: MAML(net, steps=1, first_order=True, rule=Newton(n(0.1), n(1.0))),
 }
 
 
