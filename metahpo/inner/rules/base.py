@@ -44,7 +44,7 @@ class UpdateRule(nn.Module):
 
     def add_scalars(self, learnable: bool, **values: float | None) -> None:
         """Makes each value a hyperparameter, a scalar ``nn.Parameter`` of torch's default type; None: it is absent."""
-        check_flag(self, "learnable", learnable, error=NetArgumentError)
+        learnable = check_flag(self, "learnable", learnable, error=NetArgumentError)
         for name, value in values.items():
             if value is not None:
                 # No optimiser has one of these below zero; another may be of any sign.
