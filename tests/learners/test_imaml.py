@@ -98,5 +98,5 @@ def test_memory_does_not_grow_with_the_steps():
 
 
 def test_settings_that_cannot_be():
-    with pytest.raises(NetError, match="IMAML: strength should be a number above 0, found 0"):
+    with pytest.raises(NetError, match="strength > 0 and cg_steps >= 0, found 0 and 5"):
         IMAML(linear_net(), strength=0)
