@@ -34,7 +34,7 @@ HORIZON = 100
 
 def main() -> int:
     parser = Parser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="little training, few goals: less than a minute")
+    parser.add_argument("--quick", action="store_true", help="little training, few goals: some seconds")
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--json", type=Path, help="write the figures here")
     parser.add_argument("--plot", type=Path, help="draw the paths of the first seed's MAML here")
@@ -70,7 +70,7 @@ def one_training(seed: int, first_order: bool, quick: bool) -> tuple[dict, Polic
         learner = PolicyMAML(net, Navigation(), steps=1, inner_lr=0.1, first_order=first_order)
     settings = TrainingSettings(
         epochs=1,
-        iterations=15 if quick else 200,
+        iterations=8 if quick else 200,
         tasks=20,
         lr=3e-3,
         val_tasks=2,
@@ -78,7 +78,7 @@ def one_training(seed: int, first_order: bool, quick: bool) -> tuple[dict, Polic
         seed=seed,
     )
     Trainer(learner, tasks("train", seed), tasks("val", seed), settings).fit()
-    unseen, count = tasks("test", seed), 20 if quick else 200
+    unseen, count = tasks("test", seed), 12 if quick else 200
     found, _ = evaluate(learner, unseen, count, settings)
     best = best_return(unseen.batch(range(count)).query_y[:, 0], HORIZON).double().numpy()
     before, after = (best - found[name].double().numpy() for name in ("return_before", "return"))
