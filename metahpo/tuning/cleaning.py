@@ -87,7 +87,8 @@ class CleaningTuner(Tuner):
                 "dataset: found a DataLoader that shuffles or leaves examples out, so that they have no numbers; give "
                 "its dataset"
             )
-        self.data, self.trusted = (labelled(d, what) for d, what in ((dataset, "dataset"), (trusted, "trusted")))
+        parts = ((dataset, "dataset"), (trusted, "trusted"))
+        self.data, self.trusted = (labelled(d, what, whole=True) for d, what in parts)
         for what, data in (("dataset", self.data), ("trusted", self.trusted)):
             if data.y.is_floating_point():
                 raise DataError(f"{what}: found targets of {data.y.dtype}, expected labels of classes")
@@ -175,7 +176,7 @@ class CleaningTuner(Tuner):
     def compare(self, x: Tensor, y: Tensor) -> dict[str, Row]:
         """ "kept": trained on the examples that are not suspected; "all": on all of them; both with the trusted ones
         besides, from the same initial weights and as in the tuning but for 5 times as many steps."""
-        data = labelled((x, y), "test").to(self.device)
+        data = labelled((x, y), "test", whole=True).to(self.device)
         check_fits(self.net, self.device, test=data)
         kept = self.result().kept
         parts = {"kept": self.data.select(kept), "all": self.data}

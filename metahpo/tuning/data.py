@@ -31,10 +31,11 @@ class Labelled(NamedTuple):
         return int(self.y.max()) + 1
 
 
-def labelled(data: Any, what: str = "dataset") -> Labelled:
+def labelled(data: Any, what: str = "dataset", *, whole: bool = False) -> Labelled:
     """The whole of a data set as tensors.
 
     data: a ``Labelled``, a pair of tensors, a ``Dataset`` of (x, y), or a ``DataLoader``, whose batches are joined.
+    whole: whether examples of whole numbers (token ids) are taken, as they are.
     Raises DataError, which begins with ``what``, where examples are missing, of different shapes, or not numbers.
     """
     try:
@@ -54,7 +55,7 @@ def labelled(data: Any, what: str = "dataset") -> Labelled:
         raise DataError(f"{what}: found single values, expected examples [N, ...] and targets [N, ...]")
     if len(x) != len(y) or not len(x):
         raise DataError(f"{what}: found {len(x)} examples and {len(y)} targets, expected as many of both, at least 1")
-    if not x.is_floating_point():
+    if not x.is_floating_point() and not (whole and not x.is_complex()):
         raise DataError(f"{what}: the examples are {x.dtype}, expected floating point")
     if y.is_floating_point() and y.dim() < 2:
         raise DataError(

@@ -79,7 +79,8 @@ class DecayTuner(Tuner):
     ):
         super().__init__(-(-settings.steps // settings.every))
         self.settings, self.loss, self.device = settings, loss, device_for(net, device)
-        self.train, self.val = (labelled(d, name).to(self.device) for d, name in ((train, "train"), (val, "val")))
+        parts = ((train, "train"), (val, "val"))
+        self.train, self.val = (labelled(d, name, whole=True).to(self.device) for d, name in parts)
         check_fits(net, self.device, train=self.train, val=self.val)
         self.net = net
         self.module = FunctionalModule(net).to(self.device)
@@ -173,7 +174,7 @@ class DecayTuner(Tuner):
     def compare(self, x: Tensor, y: Tensor) -> dict[str, Row]:
         """ "tuned": the tuned net; "retrained": the net from its beginning with the final decays; "untuned": with the
         decays that the tuning began at. All with the same steps and batches."""
-        data = labelled((x, y), "test").to(self.device)
+        data = labelled((x, y), "test", whole=True).to(self.device)
         check_fits(self.net, self.device, test=data)
         start = {name: torch.full_like(h, self.settings.decay).log() for name, h in self.logs.items()}
         nets = {
