@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import sys
@@ -16,6 +17,7 @@ from metahpo.cli_search import add_search
 from metahpo.cli_tune import add_tune
 from metahpo.errors import MetaHPOError, NonFiniteError, RankError, UsageError, one_line
 from metahpo.run_dirs import check_new, existing_run_dir, is_search, new_run_dir, trained_run_dir
+from metahpo.runs.fingerprint import check_fingerprint, fingerprint, write_fingerprint
 from metahpo.runs.lock import holding_run
 
 TRAIN = """Meta-trains the learner that CONFIG describes, tests it, and writes a report.
@@ -190,6 +192,7 @@ def _begun(options: argparse.Namespace, ranks: Any, held: ExitStack):
         held.enter_context(holding_run(run_dir))
         check_new(run_dir)  # Another process may have begun one since.
         write_atomically(run_dir / "config.yaml", dump_config(config).encode())
+        write_fingerprint(run_dir, _fingerprint(config))
         return run_dir
 
     config = ranks.on_first(read)
@@ -217,12 +220,19 @@ def _resumed(options: argparse.Namespace, ranks: Any, held: ExitStack):
 
     config = ranks.on_first(read)
     trainer = resume_trainer(config, run_dir)
+    ranks.on_first(lambda: check_fingerprint(run_dir, _fingerprint(config)))
     if ranks.first:
         if trainer.epoch < config.training.epochs:
             print(f"resuming {run_dir} at epoch {trainer.epoch + 1}, iteration {trainer.iteration + 1}", flush=True)
         else:
             print(f"{run_dir} is trained: all {trainer.epoch} epochs are done")
     return config, run_dir, trainer
+
+
+def _fingerprint(config: Any) -> dict[str, Any]:
+    from metahpo.training.environment import versions
+
+    return fingerprint(config.model_dump(mode="json"), versions(config.training.torch_device()))
 
 
 def _nothing(*args: Any, **kwargs: Any) -> None:
@@ -241,7 +251,7 @@ def _evaluate(options: argparse.Namespace) -> int:
             return load_config(run_dir / "config.yaml")
 
         config = ranks.on_first(read)
-        _test(config, run_dir, options.split, options.tasks or config.training.test_tasks, ranks)
+        _test(config, run_dir, options.split, options.tasks or config.training.test_tasks, ranks, keep=True)
     return 0
 
 
@@ -263,7 +273,14 @@ def _report(options: argparse.Namespace) -> int:
     return 0
 
 
-def _test(config: Any, run_dir: Path, split: str, count: int, ranks: Any):
+def _free(run_dir: Path, split: str, count: int, content: bytes) -> Path:
+    """The first file of the test's that holds no other test's figures."""
+    names = itertools.chain([split, f"{split}-{count}"], (f"{split}-{count}-{n}" for n in itertools.count(2)))
+    paths = (run_dir / f"{name}.json" for name in names)
+    return next(path for path in paths if not path.exists() or path.read_bytes() in (b"", content))
+
+
+def _test(config: Any, run_dir: Path, split: str, count: int, ranks: Any, keep: bool = False):
     from metahpo.building import build_for
     from metahpo.training.checkpoint import write_atomically
     from metahpo.training.ensemble import evaluate_run
@@ -273,7 +290,11 @@ def _test(config: Any, run_dir: Path, split: str, count: int, ranks: Any):
     rows = evaluate_run(run_dir, learner, tasks, count, config.training)
     if ranks.first:
         result = {"split": split, "tasks": count, "rows": rows}
-        write_atomically(run_dir / f"{split}.json", json.dumps(result, indent=2).encode())
+        content = json.dumps(result, indent=2).encode()
+        path = _free(run_dir, split, count, content) if keep else run_dir / f"{split}.json"
+        write_atomically(path, content)
+        if path.stem != split:
+            print(f"{run_dir / f'{split}.json'} holds another test; these figures: {path}")
         print(f"{count} {split} tasks (± 95% confidence):")
         for name, row in rows.items():
             print(f"  {name:14} {_result(row)}")

@@ -11,6 +11,7 @@ from typing import Any
 
 from metahpo.errors import UsageError
 from metahpo.run_dirs import check_new, existing_run_dir, new_run_dir
+from metahpo.runs.fingerprint import check_fingerprint, fingerprint, write_fingerprint
 from metahpo.runs.lock import holding_run
 
 HELP = {
@@ -52,6 +53,7 @@ def _tune(options: argparse.Namespace) -> int:
     # Imported here, so that --help and usage errors answer at once.
     from metahpo.config_file import describe_keys, dump_config, load_config
     from metahpo.training.checkpoint import write_atomically
+    from metahpo.training.environment import versions
     from metahpo.training.settings import device_of
     from metahpo.tune_building import build_tuner
     from metahpo.tune_config import SCHEMAS
@@ -79,10 +81,12 @@ def _tune(options: argparse.Namespace) -> int:
             held.enter_context(holding_run(run_dir))
             check_new(run_dir)  # Another process may have begun one since.
             write_atomically(run_dir / "config.yaml", dump_config(config).encode())
+            write_fingerprint(run_dir, fingerprint(config.model_dump(mode="json"), versions(device_of(config.device))))
         device = device_of(config.device)
         run = TuningRun(tuner, run_dir, _settings(config), device)
         if options.resume:
             run.resume()
+            check_fingerprint(run_dir, fingerprint(config.model_dump(mode="json"), versions(device)))
             done = tuner.iteration >= tuner.iterations
             where = f"all {tuner.iteration} outer steps are done" if done else f"at outer step {tuner.iteration + 1}"
             print(f"resuming {run_dir}: {where}", flush=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import sys
 import threading
@@ -11,7 +12,9 @@ import pytest
 
 from metahpo.cli import main
 from metahpo.errors import CheckpointError
+from metahpo.runs.fingerprint import write_fingerprint
 from metahpo.runs.lock import RUN_LOCK, FileLock, holding_run
+from metahpo.training.settings import TrainingSettings
 
 SINES = """
 data: {source: sinusoid, shots: 5, queries: 5, eval_queries: 5}
@@ -149,3 +152,46 @@ def test_a_damaged_log_is_written_again_from_the_checkpoint_and_said(here, capsy
     assert "metrics.csv" in err and "written again from the checkpoint" in err and err.count("\n") == 1
     without = lambda text: [line.rpartition(b",")[0] for line in text.splitlines()]  # noqa: E731
     assert without(log.read_bytes()) == without(whole)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "command", "expected"),
+    [
+        ("inner_lr: 0.01", "inner_lr: 0.02", ["train", "--resume", "out"], "learner.inner_lr: config.yaml says 0.02"),
+        ("queries: 5", "queries: 4", ["train", "--resume", "out"], "data.queries: config.yaml says 4"),
+        ("train: 60", "train: 61", ["tune", "rates", "--resume", "tuned"], "data.train: config.yaml says 61"),
+    ],
+)
+def test_an_edited_config_is_not_resumed(here, capsys, old, new, command, expected):
+    config = here / command[-1] / "config.yaml"
+    config.write_text(config.read_text().replace(old, new, 1))
+    capsys.readouterr()
+    assert main(command) == 2
+    err = capsys.readouterr().err
+    assert expected in err and err.count("\n") == 1
+
+
+def test_other_figures_are_never_written_over_by_evaluate(here):
+    first = (here / "out" / "test.json").read_bytes()
+    assert main(["evaluate", "out", "--tasks", "3"]) == 0
+    assert (here / "out" / "test.json").read_bytes() == first
+    assert b'"tasks": 3' in (here / "out" / "test-3.json").read_bytes()
+
+
+def test_an_old_run_and_another_number_of_threads_resume_with_a_word(here, capsys):
+    path = here / "out" / "fingerprint.json"
+    kept = json.loads(path.read_text())
+    kept.pop("checksum")
+    kept["versions"]["threads"] = "99"
+    write_fingerprint(here / "out", kept)
+    capsys.readouterr()
+    assert main(["train", "--resume", "out"]) == 0
+    assert "begun with threads 99, now" in capsys.readouterr().err
+    path.unlink()
+    assert main(["train", "--resume", "out"]) == 0
+    assert "fingerprint.json is not there" in capsys.readouterr().err
+
+
+def test_an_optimizer_may_be_written_in_any_case():
+    names = {TrainingSettings(optimizer=name).optimizer for name in ("adamw", "AdamW", "ADAMW", "torch.optim.AdamW")}
+    assert names == {"AdamW"}

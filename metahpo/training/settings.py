@@ -167,6 +167,9 @@ class TrainingSettings(Settings):
     @field_validator("optimizer")
     @classmethod
     def _known_optimizer(cls, name: str) -> str:
+        # adamw, AdamW, torch.optim.AdamW.
+        name = name.removeprefix("torch.optim.")
+        name = next((k for k in vars(torch.optim) if k[:1].isupper() and k.lower() == name.lower()), name)
         found = getattr(torch.optim, name, None)
         if not (isinstance(found, type) and issubclass(found, torch.optim.Optimizer)) or found is torch.optim.Optimizer:
             kinds = [k for k, v in vars(torch.optim).items() if isinstance(v, type) and k != "Optimizer"]
