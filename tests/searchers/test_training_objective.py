@@ -13,7 +13,7 @@ import yaml
 
 from metahpo.building import build
 from metahpo.config_file import load_config, validate
-from metahpo.errors import ConfigError, SearchError
+from metahpo.errors import CheckpointError, ConfigError, SearchError
 from metahpo.learners import Phase
 from metahpo.searchers import Outcome, Space, Study, TrainingObjective, Trial
 from metahpo.searchers.base import Proposal, Searcher
@@ -61,8 +61,9 @@ class Trials:
             return inner(engine, *args)
 
         monkeypatch.setattr(Loop, "meta_gradient", counted)
-        # Building tries the learner, too.
+        # Building tries the learner, and a run's first step its gradient.
         monkeypatch.setattr("metahpo.building.check_learner", lambda *_: None)
+        monkeypatch.setattr("metahpo.training.trainer.check_gradient", lambda *_: None)
 
     def __call__(
         self,
@@ -369,7 +370,8 @@ def test_a_parent_without_a_checkpoint_is_said(run, tmp_path, left):
         run(objective, 0, budget=1)
         for path in (tmp_path / "0" / "run" / "checkpoints").iterdir():
             path.write_bytes(b"damaged") if left == "a damaged one" else path.unlink()
-    with pytest.raises(SearchError, match=f"should go on from the trial in {tmp_path}/0: no (whole )?checkpoint in"):
+    # Files that are gone or damaged stop a search, where a SearchError would be the trial's own failure.
+    with pytest.raises(CheckpointError, match=f"go on from the trial in {tmp_path}/0: no (whole )?checkpoint in"):
         run(objective, 1, budget=3, parent=0)
     assert run.updates == 0
     assert not (tmp_path / "1" / "run").exists()
