@@ -71,5 +71,6 @@ def test_it_begins_as_hyperband_and_learns_where_to_look():
 
 def test_options():
     assert isinstance(BOHB().base, TPE)
-    with pytest.raises(SearchError, match=r"^BOHB: random_fraction should be a number from 0 to 1, found 1\.5$"):
+    line = r"^BOHB: random_fraction should be a number of at least 0 and at most 1, found 1\.5$"
+    with pytest.raises(SearchError, match=line):
         BOHB(random_fraction=1.5)
