@@ -106,7 +106,7 @@ def test_pending_trials_are_kept_away_from():
     [
         ({"acquisition": "log_eu"}, "Bayesian: acquisition should be one of log_ei, ucb, pi, batch_ei, found 'log_eu'"),
         ({"initial": 1}, "Bayesian: initial should be a whole number of at least 2, found 1"),
-        ({"beta": -1.0}, "Bayesian: beta should be a number above 0 and at most inf, found -1.0"),
+        ({"beta": -1.0}, "Bayesian: beta should be a number above 0, found -1.0"),
         ({"noise": 0.0}, "Bayesian: noise should be a number above 0 and at most 1, found 0.0"),
     ],
 )

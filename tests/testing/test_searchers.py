@@ -13,6 +13,8 @@ import pytest
 from metahpo.errors import SearchError
 from metahpo.searchers import Proposal, Random, Searcher
 from metahpo.testing import CHECKS, check_searcher
+from metahpo.testing.checks import stays_in_the_space
+from metahpo.testing.subject import Subject
 
 
 class NoDataclass(Searcher):
@@ -249,7 +251,6 @@ WRONG = [
     (Address(), "has_a_name", "is not the same for an equal searcher"),
     (FunctionOption(), "has_a_name", "options() should give plain values"),
     (OutOfBounds(), "stays_in_the_space", "'rate' should be a number in [1e-05, 100.0]"),
-    (NumpyValues(), "stays_in_the_space", "a float64, which a config cannot hold; expected a plain float"),
     (OffTheSteps(), "stays_in_the_space", "a number of steps of 0.1"),
     (EndsEarly(), "stays_in_the_space", "after 5 trials it suggested None"),
     (Refuses(), "stays_in_the_space", "its check() refuses every space"),
@@ -270,7 +271,7 @@ WRONG = [
     (NeedsNew(), "ends_well", "ValueError"),
     (StopsShort(), "ends_well", "it ended after 5 trials, when it had not tried all 6 settings"),
     (TooFar(), "keeps_to_budgets", "the budget should be above 0 and at most 9"),
-    (NoBudget(), "keeps_to_budgets", "the budget should be above 0 and at most 9"),
+    (NoBudget(), "keeps_to_budgets", "budget should be a number above 0, found 0"),
     (OthersSettings(), "keeps_to_budgets", "its parent is {"),
     (Unborn(), "keeps_to_budgets", "suggested to go on from trial 1, which there is not"),
     (HeedsNoFailure(), "bears_failures", "its parent has failed"),
@@ -281,6 +282,14 @@ WRONG = [
 
 # The other one writes to disk.
 QUICK = [check for check in CHECKS if check.__name__ != "resumes"]
+
+
+def test_numpys_values_are_taken_as_plain_ones():
+    subject = Subject(NumpyValues(), 6, False, None)
+    stays_in_the_space(subject)
+    kinds = {type(value) for record in subject.reference for value in record.settings.values()}
+    assert float in kinds
+    assert not any(issubclass(kind, np.generic) for kind in kinds)
 
 
 @pytest.mark.parametrize("searcher, name, says", WRONG, ids=[f"{type(s).__name__}-{name}" for s, name, _ in WRONG])
