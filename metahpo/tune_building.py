@@ -19,9 +19,11 @@ from metahpo.tuning.cleaning import CleaningTuner
 from metahpo.tuning.data import Labelled, Loader, labelled, load_digits, load_torchvision, with_wrong_labels
 from metahpo.tuning.decay import DecayTuner
 from metahpo.tuning.distillation import DistillationTuner
+from metahpo.tuning.initial import InitialNets
 from metahpo.tuning.rates import RatesTuner
 
 Data = dict[str, Labelled]
+NetFactory = Callable[[], nn.Module]
 
 
 def build_data(config: TuneConfig) -> Data:
@@ -61,15 +63,20 @@ def _check_same(parts: Data, source: str) -> None:
                 )
 
 
-def build_net(config: TuneConfig, data: Data) -> nn.Module:
-    """The net for the data, its weights drawn from the config's seed; refused if it cannot take it."""
+def net_factory(config: TuneConfig, data: Data) -> NetFactory:
+    """A function that builds the config's net for the data; a net that cannot take them is refused now."""
     train = data["train"]
+    shape = tuple(train.x.shape[1:])
     outputs = train.y.shape[-1] if train.y.is_floating_point() else max(part.classes for part in data.values())
+
+    def build() -> nn.Module:
+        return make_net(config.net, shape, outputs).to(train.x.device)
+
     with seeded(config.tune.seed):  # type: ignore[attr-defined]
-        net = make_net(config.net, tuple(train.x.shape[1:]), outputs)
+        net = make_net(config.net, shape, outputs)
     what = "values" if train.y.is_floating_point() else "classes"
     check_outputs(net, train.x[:2].cpu(), outputs, config.net.name, what)
-    return net.to(train.x.device)
+    return build
 
 
 def loss_of(data: Data) -> Callable[[Tensor, Tensor], Tensor]:
@@ -79,27 +86,27 @@ def loss_of(data: Data) -> Callable[[Tensor, Tensor], Tensor]:
 def build_tuner(kind: str, config: Any) -> tuple[Tuner, Data]:
     """The tuner of a run as it begins, and its data."""
     data = build_data(config)
-    return MAKERS[kind](build_net(config, data), data, config.tune), data
+    return MAKERS[kind](net_factory(config, data), data, config.tune), data
 
 
-def _rates(net: nn.Module, data: Data, settings: Any) -> Tuner:
+def _rates(net: NetFactory, data: Data, settings: Any) -> Tuner:
     train, val = Loader(data["train"], settings.batch), Loader(data["val"], len(data["val"].x))
     return RatesTuner(net, loss_of(data), train, val, settings)
 
 
-def _decay(net: nn.Module, data: Data, settings: Any) -> Tuner:
-    return DecayTuner(net, loss_of(data), data["train"], data["val"], settings)
+def _decay(net: NetFactory, data: Data, settings: Any) -> Tuner:
+    return DecayTuner(InitialNets(net, settings.seed).net, loss_of(data), data["train"], data["val"], settings)
 
 
-def _clean(net: nn.Module, data: Data, settings: Any) -> Tuner:
+def _clean(net: NetFactory, data: Data, settings: Any) -> Tuner:
     return CleaningTuner(data["train"], data["val"], net, settings)
 
 
-def _distill(net: nn.Module, data: Data, settings: Any) -> Tuner:
+def _distill(net: NetFactory, data: Data, settings: Any) -> Tuner:
     return DistillationTuner(data["train"], net, settings, data["val"])
 
 
-MAKERS: dict[str, Callable[[nn.Module, Data, Any], Tuner]] = {
+MAKERS: dict[str, Callable[[NetFactory, Data, Any], Tuner]] = {
     "rates": _rates,
     "decay": _decay,
     "clean": _clean,

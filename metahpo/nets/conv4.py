@@ -41,6 +41,10 @@ class Conv4(NamedSizes, nn.Module):
             channels, height, width = filters, height // (2 if pool else 1), width // (2 if pool else 1)
         self.blocks = nn.Sequential(*blocks)
         self.linear = nn.Linear(channels * height * width, out_features)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draws the initial weights of convolutions and of the linear layer."""
         for module in self.modules():
             if isinstance(module, (nn.Conv2d, nn.Linear)):
                 nn.init.xavier_uniform_(module.weight)

@@ -59,9 +59,14 @@ class ResNet12(NamedSizes, nn.Module):
             channels, height, width = filters, height // (2 if pool else 1), width // (2 if pool else 1)
         self.blocks = nn.Sequential(*blocks)
         self.linear = nn.Linear(channels, out_features)
+        self.slope = slope
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draws the initial weights of the convolutions."""
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, slope, mode="fan_out")
+                nn.init.kaiming_normal_(module.weight, self.slope, mode="fan_out")
 
     def forward(self, x: Tensor) -> Tensor:
         return self.linear(torch.mean(self.blocks(x), (2, 3)))

@@ -22,7 +22,7 @@ from metahpo.training.metrics import Row
 from metahpo.tuning.base import Tuner, test
 from metahpo.tuning.cleaning_result import Cleaned
 from metahpo.tuning.data import Labelled, labelled
-from metahpo.tuning.initial import reinitialised
+from metahpo.tuning.initial import InitialNets, NetOrFactory
 from metahpo.tuning.network import check_fits, device_for, with_weights
 from metahpo.tuning.second_look import SecondLook, second_look
 from metahpo.tuning.settings import CleaningSettings
@@ -36,7 +36,7 @@ def clean(
     dataset: Any,
     trusted: Any,
     *,
-    net: nn.Module | None = None,
+    net: NetOrFactory | None = None,
     device: torch.device | str | None = None,
     on_step: Callable[[Row], None] | None = None,
     **settings: Any,
@@ -53,8 +53,9 @@ def clean(
     nothing on trusted examples that the nets have not seen.
 
     dataset, trusted: classified examples, as a ``Dataset``, a ``DataLoader`` that does not shuffle, or a pair of
-    tensors (``labelled``); trusted ones are right, and should hold every class, some tens of times. net: gives logits;
-    by default a linear one, which overfits the trusted examples least. device: default that of the net. on_step: called
+    tensors (``labelled``); trusted ones are right, and should hold every class, some tens of times. net: gives logits,
+    or a function without parameters that builds such a net, which then draws its initial weights itself; by default a
+    linear one, which overfits the trusted examples least. device: default that of the net. on_step: called
     with the figures of each update. settings: ``CleaningSettings`` as keywords (iterations, steps, ...).
 
     Raises ConfigError for settings, DataError and NetError for what does not fit, NonFiniteError for a training that
@@ -74,7 +75,7 @@ class CleaningTuner(Tuner):
         self,
         dataset: Any,
         trusted: Any,
-        net: nn.Module | None = None,
+        net: NetOrFactory | None = None,
         settings: CleaningSettings = CleaningSettings(),
         device: torch.device | str | None = None,
     ):
@@ -96,6 +97,10 @@ class CleaningTuner(Tuner):
             classes = max(self.data.classes, self.trusted.classes)
             with seeded(settings.seed, _START):
                 net = MLP(self.data.x.shape[1:], classes, ()).to(self.data.x.dtype)
+        self.starts = InitialNets(net, settings.seed)
+        net = self.starts.net
+        if settings.fresh:
+            self.starts.checked(settings.seed, _START)
         self.device = device_for(net, device)
         check_fits(net, self.device, dataset=self.data, trusted=self.trusted)
         self.data, self.trusted = self.data.to(self.device), self.trusted.to(self.device)
@@ -123,7 +128,7 @@ class CleaningTuner(Tuner):
     def _start(self) -> Params:
         if not self.settings.fresh:
             return self.module.params()
-        net = reinitialised(self.net, self.settings.seed, _START, self.iteration)
+        net = self.starts.draw(self.settings.seed, _START, self.iteration)
         return FunctionalModule(net).to(self.device).params()
 
     def _batch(self) -> tuple[Labelled, Tensor]:
@@ -192,7 +197,7 @@ class CleaningTuner(Tuner):
         s = self.settings
         if weights is not None:
             weights = (weights / weights.mean()).to(self.logits)
-        net = reinitialised(self.net, s.seed, _START) if s.fresh else self.net
+        net = self.starts.draw(s.seed, _START) if s.fresh else self.net
         module = FunctionalModule(net).to(self.device)
         params = {name: p.detach().clone().requires_grad_() for name, p in module.params().items()}
         buffers = {name: b.clone() for name, b in module.buffers_by_name().items()}

@@ -24,13 +24,13 @@ from metahpo.tuning.distillation_compare import compared
 from metahpo.tuning.distillation_settings import DistillationSettings
 from metahpo.tuning.distilled import Distilled
 from metahpo.tuning.image_training import IMAGES, LOG_RATES, ImageTraining
-from metahpo.tuning.initial import reinitialised
+from metahpo.tuning.initial import InitialNets, NetOrFactory
 
 
 def distill(
     dataset: Any,
     images_per_class: int = 1,
-    net: nn.Module | None = None,
+    net: NetOrFactory | None = None,
     *,
     validation: Any = None,
     **settings: Any,
@@ -39,7 +39,8 @@ def distill(
     that the net fits the data set after that training (Wang et al. 2018, arXiv 1811.10959, algorithm 1).
 
     dataset: images [N, C, H, W] with labels from 0 on (a ``Dataset``, a ``DataLoader``, a pair of tensors); net: takes
-    them to logits, is copied, and tells the device (default: an MLP with 64 hidden units, drawn from ``seed``);
+    them to logits, is copied, and tells the device, or a function without parameters that builds such a net, which then
+    draws its initial weights itself (default: an MLP with 64 hidden units, drawn from ``seed``);
     validation: held-out data whose accuracy is recorded after every outer step; settings: of ``DistillationSettings``
     by name.
 
@@ -67,7 +68,7 @@ class DistillationTuner(Tuner):
     def __init__(
         self,
         dataset: Any,
-        net: nn.Module | None,
+        net: NetOrFactory | None,
         settings: DistillationSettings,
         validation: Any = None,
         *,
@@ -78,7 +79,10 @@ class DistillationTuner(Tuner):
         self.settings, self.learn_images = settings, learn_images
         data = _images(dataset, "dataset")
         self.classes = _all_classes(data)
-        self.net = copied(net) if net is not None else _default_net(data, self.classes, settings.seed)
+        if net is None:
+            net = _default_net(data, self.classes, settings.seed)
+        self.starting = InitialNets(net, settings.seed, fixed='init="fixed"')
+        self.net = self.starting.net
         like = next((p for p in self.net.parameters() if p.requires_grad), data.x)
         self.data = Labelled(data.x.to(like), data.y.to(like.device))
         self.validation = None
@@ -89,7 +93,7 @@ class DistillationTuner(Tuner):
         self.training = ImageTraining(self.net, self.labels, self._batches())
         self.training.check(self.data.x[:2], self.classes)
         if settings.init == "random":
-            reinitialised(self.net, settings.seed)  # It says now whether it can.
+            self.starting.checked(settings.seed)  # It says now whether it can.
         images = self._noise() if images is None else images.to(like).clone()
         log_rates = torch.full((len(self.training.batches),), math.log(settings.rate)).to(like)
         self.hparams: Params = {IMAGES: images, LOG_RATES: log_rates}
@@ -129,7 +133,7 @@ class DistillationTuner(Tuner):
         """The net itself, or for random initialisations ``count`` nets drawn from (seed, draw)."""
         if self.settings.init == "fixed":
             return [self.net]
-        return [reinitialised(self.net, self.settings.seed, draw, i) for i in range(count)]
+        return [self.starting.draw(self.settings.seed, draw, i) for i in range(count)]
 
     def result(self) -> Distilled:
         found = {name: h.detach().clone() for name, h in self.hparams.items()}

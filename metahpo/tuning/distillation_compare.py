@@ -46,7 +46,7 @@ def _on_real_images(tuner: DistillationTuner):
             order = torch.randperm(len(tuner.data.x))
         found = [_first_of_class(tuner, order, label) for label in range(tuner.classes)]
         images = tuner.data.x[torch.stack(found, 1).flatten()]
-        twin = type(tuner)(tuner.data, tuner.net, settings, images=images, learn_images=False)
+        twin = type(tuner)(tuner.data, tuner.starting.source, settings, images=images, learn_images=False)
         twin.run()
         yield twin
 

@@ -22,7 +22,7 @@ from metahpo.training.metrics import Row
 from metahpo.training.schedules import cosine
 from metahpo.training.settings import InnerGradientName, RematName, Settings
 from metahpo.tuning.base import Tuner, test
-from metahpo.tuning.initial import reinitialised
+from metahpo.tuning.initial import InitialNets, NetOrFactory
 from metahpo.tuning.schedule import Rates
 
 # Rates and decays are learnt as logarithms, what lies between 0 and 1 as logits: neither leaves its bounds.
@@ -76,7 +76,7 @@ class RatesSettings(Settings):
 
 
 def tune_rates(
-    net: nn.Module,
+    net: NetOrFactory,
     loss: Callable[[Tensor, Tensor], Tensor],
     train_loader: Iterable[tuple[Tensor, Tensor]],
     val_loader: Iterable[tuple[Tensor, Tensor]],
@@ -91,8 +91,10 @@ def tune_rates(
     rates by Adam along the exact gradient of the loss on validation data after the last step (Maclaurin et al. 2015;
     Micaelli & Storkey 2021, who share rates over phases of the training as this does).
 
-    net: any module of one input; copied, never changed. loss: (outputs, targets) -> scalar. train_loader, val_loader:
-    ``DataLoader``s or other iterables of (inputs, targets), begun anew in every outer step: train gives the batches of
+    net: any module of one input; copied, never changed. Or a function without parameters that builds it: new initial
+    weights are then those of a net just built, under a seed, where otherwise its layers' ``reset_parameters`` draw
+    them, and a net whose constructor draws others is refused. loss: (outputs, targets) -> scalar. train_loader,
+    val_loader: ``DataLoader``s or other iterables of (inputs, targets), begun anew in every outer step: train gives the batches of
     the training (their size is the loader's), val one batch for its outcome. device: default that of the net. on_step:
     called with the figures of each outer step. settings: ``RatesSettings`` as keywords (steps, phases, tune, by, rule,
     iterations, ...).
@@ -116,7 +118,7 @@ class RatesTuner(Tuner):
 
     def __init__(
         self,
-        net: nn.Module,
+        net: NetOrFactory,
         loss: Callable[[Tensor, Tensor], Tensor],
         train_loader: Iterable[Any],
         val_loader: Iterable[Any],
@@ -125,9 +127,8 @@ class RatesTuner(Tuner):
     ):
         self.settings = settings = settings or RatesSettings()
         super().__init__(settings.iterations)
-        self.net = copied(net)
-        if device is not None:
-            self.net.to(device)
+        self.starts = InitialNets(net, settings.seed, device=device)
+        self.net = self.starts.net
         names = [name for name, p in self.net.named_parameters() if p.requires_grad]
         if not names:
             raise NetError(f"{type(net).__name__} has no trainable parameter")
@@ -157,7 +158,7 @@ class RatesTuner(Tuner):
 
     def _check(self) -> None:
         """Raises NetError unless net and loss take the loaders' first batches and the weights can be drawn anew."""
-        net = reinitialised(self.net, self.settings.seed) if self.settings.fresh else copied(self.net)
+        net = self.starts.checked(self.settings.seed) if self.settings.fresh else copied(self.net)
         with seeded(self.settings.seed, device=self.device), torch.no_grad():
             for what, loader in (("train_loader", self.train), ("val_loader", self.val)):
                 x, y = self._to(take(loader, 1, what)[0])
@@ -181,7 +182,7 @@ class RatesTuner(Tuner):
         # The last steps are small: the figures that they end on are not those of one draw.
         self.optimizer.param_groups[0]["lr"] = cosine(self.iteration, self.iterations, settings.outer_lr, 0.0)
         with seeded(settings.seed, self.iteration, device=self.device):
-            net = reinitialised(self.net, settings.seed, self.iteration, _WEIGHTS) if settings.fresh else self.net
+            net = self.starts.draw(settings.seed, self.iteration, _WEIGHTS) if settings.fresh else self.net
             batches = [self._to(batch) for batch in take(self.train, settings.steps, "train_loader")]
             val = self._to(take(self.val, 1, "val_loader")[0])
             values, result = self._differentiated(FunctionalModule(net), batches, val)
@@ -250,7 +251,7 @@ class RatesTuner(Tuner):
         """The net trained by plain ``torch.optim`` with the learnt rates, and with those that the tuning began with;
         each three times from new initial weights, tested in evaluation mode."""
         learnt = self.result()
-        start = RatesTuner(self.net, self.loss, self.train, self.val, self.settings, self.device).result()
+        start = RatesTuner(self.starts.source, self.loss, self.train, self.val, self.settings, self.device).result()
         return {"tuned": self._trained(learnt, x, y), "initial rates": self._trained(start, x, y)}
 
     def _trained(self, rates: Rates, x: Tensor, y: Tensor, runs: int = 3) -> Row:
@@ -262,7 +263,7 @@ class RatesTuner(Tuner):
         # Apart from the outer steps' own numbers.
         seed = (self.settings.seed, self.iterations + run)
         with seeded(*seed, device=self.device):
-            net = reinitialised(self.net, *seed, _WEIGHTS) if self.settings.fresh else copied(self.net)
+            net = self.starts.draw(*seed, _WEIGHTS) if self.settings.fresh else copied(self.net)
             optimizer = rates.optimizer(net.train())
             scheduler = rates.scheduler(optimizer)
             for batch in take(self.train, self.settings.steps, "train_loader"):
