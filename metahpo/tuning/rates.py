@@ -91,13 +91,14 @@ def tune_rates(
     rates by Adam along the exact gradient of the loss on validation data after the last step (Maclaurin et al. 2015;
     Micaelli & Storkey 2021, who share rates over phases of the training as this does).
 
-    net: any module of one input; copied, never changed. Or a function without parameters that builds it: new initial
-    weights are then those of a net just built, under a seed, where otherwise its layers' ``reset_parameters`` draw
-    them, and a net whose constructor draws others is refused. loss: (outputs, targets) -> scalar. train_loader,
-    val_loader: ``DataLoader``s or other iterables of (inputs, targets), begun anew in every outer step: train gives the
-    batches of the training (their size is the loader's), val one batch for its outcome. device: default that of the net. on_step:
-    called with the figures of each outer step. settings: ``RatesSettings`` as keywords (steps, phases, tune, by, rule,
-    iterations, ...).
+    net: any module of one input; copied, never changed. Or a function without parameters that
+    builds it: new initial weights are then those of a net just built, under a seed, where otherwise
+    its layers' ``reset_parameters`` draw them, and a net whose constructor draws others is refused.
+    loss: (outputs, targets) -> scalar. train_loader, val_loader: ``DataLoader``s or other iterables
+    of (inputs, targets), begun anew in every outer step: train gives the batches of the training
+    (their size is the loader's), val one batch for its outcome. device: default that of the net.
+    on_step: called with the figures of each outer step. settings: ``RatesSettings`` as keywords
+    (steps, phases, tune, by, rule, iterations, ...).
 
     Batch norm uses the batch's statistics in the validation loss too, where a net in evaluation mode has running ones.
 
