@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterable
 from functools import partial
 from io import BytesIO
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.text import Text
-from matplotlib.ticker import FixedFormatter, FuncFormatter
+from matplotlib.ticker import FixedFormatter, FuncFormatter, NullFormatter
 
 LONGEST_TICK, LONGEST_LABEL, LONGEST_TEXT = 60, 80, 120
 
@@ -42,6 +43,17 @@ class Picture(Figure):
             for tick in (*axis.get_major_ticks(), *axis.get_minor_ticks())
             for label in (tick.label1, tick.label2)
         }
+
+
+def spread_out(axis: Axis, values: Iterable[float]) -> None:
+    """A logarithmic y axis with ticks at plain powers of ten where the values span two of them at least.
+
+    Over less matplotlib would write odd multiples of powers; a linear axis has plain numbers.
+    """
+    values = list(values)
+    if values and min(values) > 0 and max(values) > 100 * min(values):
+        axis.axes.set_yscale("log")
+        axis.set_minor_formatter(NullFormatter())
 
 
 def png(figure: Figure) -> bytes:

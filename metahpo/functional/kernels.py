@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import threading
+import warnings
 from collections.abc import Iterator
 
 import torch
@@ -51,12 +53,21 @@ def twice_differentiable(recurrent: bool) -> Iterator[None]:
 def forward_mode() -> Iterator[None]:
     """Inside it this thread, and no other, may enter dual levels (``torch.func.jvp``, ``forward_ad.dual_level``)."""
     with _one_dual_level:
+        _load_decompositions()
         before = getattr(_here, "forward_mode", False)
         _here.forward_mode = True
         try:
             yield
         finally:
             _here.forward_mode = before
+
+
+@functools.cache
+def _load_decompositions() -> None:
+    """Loads what torch loads at the first dual number, without torch's warning of its own use of TorchScript."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated", FutureWarning)
+        getattr(forward_ad, "_maybe_load_decompositions", lambda: None)()
 
 
 def in_forward_mode(*tensors: Tensor | None) -> bool:

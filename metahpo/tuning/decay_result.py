@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from metahpo.errors import NetError
 from metahpo.functional.copies import trainable
 from metahpo.functional.trees import Params
-from metahpo.picture import Picture
+from metahpo.picture import Picture, spread_out
 from metahpo.training.metrics import Row
 
 # The name of the one decay of by="all".
@@ -118,10 +118,12 @@ class Decay:
         updates = [row["iteration"] for row in self.history]
         losses.plot(updates, [row["train_loss"] for row in self.history], color="0.35", label="train, without decay")
         losses.plot(updates, [row["val_loss"] for row in self.history], color="tab:blue", label="validation")
-        losses.set(xlabel="update of the decays", title="loss", yscale="log")
+        losses.set(xlabel="update of the decays", title="loss")
+        spread_out(losses.yaxis, [row[name] for row in self.history for name in ("train_loss", "val_loss")])
         losses.legend(frameon=False)
         decays.plot(updates, [row["decay"] for row in self.history], color="tab:green")
-        decays.set(xlabel="update of the decays", title="geometric mean of the decays", yscale="log")
+        decays.set(xlabel="update of the decays", title="geometric mean of the decays")
+        spread_out(decays.yaxis, [row["decay"] for row in self.history])
         return figure
 
 

@@ -12,6 +12,7 @@ from torch import nn
 from metahpo.errors import ConfigError, DataError, NetError, NonFiniteError
 from metahpo.tuning import base, tune_decay
 from metahpo.tuning.decay import DECAY, DecayTuner
+from metahpo.tuning.decay_result import Decay
 from metahpo.tuning.settings import DecaySettings
 
 BY = ["all", "layer", "parameter"]
@@ -33,6 +34,7 @@ def tuner(net=None, *, train=None, val=None, **settings) -> DecayTuner:
     return DecayTuner(net or small_net(), F.cross_entropy, *given, DecaySettings(**settings))
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:FutureWarning")  # Of torch.func.hessian.
 @pytest.mark.parametrize("by", BY)
 def test_moves_the_decays_by_the_dense_implicit_gradient(by):
     """With the whole sets as batches and a long series: v = H^-1 g with H formed by torch.func.hessian."""
@@ -159,3 +161,18 @@ def test_refuses_bad_input_in_one_line():
         tune_decay(small_net(), lambda out, y: out, train, val)
     with pytest.raises(NetError, match=r"torch\.optim has no decay by parameter"):
         tuner(by="parameter").result().param_groups(small_net())
+
+
+@pytest.mark.parametrize(("decays", "scale"), [((1.1, 1.2, 1.14), "linear"), ((1e-4, 3e-4, 0.2), "log")])
+def test_ticks_of_decays_are_plain_numbers_or_powers(decays, scale):
+    rows = tuple(
+        {"iteration": i, "train_loss": 1 + decay, "val_loss": 2.0, "decay": decay} for i, decay in enumerate(decays)
+    )
+    logs = {"all": torch.tensor(0.1)}
+    figure = Decay("all", logs, nn.Linear(2, 2), rows).pictures()["curves"]
+    figure.canvas.draw()
+    axis = figure.axes[1].yaxis
+    labels = [label.get_text() for label in axis.get_ticklabels(which="both")]
+    assert figure.axes[1].get_yscale() == scale
+    assert any(labels)
+    assert not [label for label in labels if "times" in label]

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
+from torch.autograd import forward_ad
 from torch.func import functional_call
 
 from metahpo.errors import NetError
+from metahpo.functional import kernels
 from metahpo.inner import (
     LBFGS,
     ConjugateGradients,
@@ -294,3 +298,17 @@ def test_a_captured_tensor_in_the_outputs_is_refused_where_its_gradient_would_be
     rule = GaussNewton(lambda params, batch: scale * outputs(params, batch), criterion, 0.5, damping=0.1)
     with pytest.raises(NetError, match=r"the update rule computes .* not among its arguments"):
         unroll(inner_loss, rule, start(), [batch()] * 2, remat=Every(1))
+
+
+def test_forward_mode_silences_the_one_warning_that_torch_gives_of_itself(monkeypatch):
+    def load():
+        warnings.warn("`torch.jit.script` is deprecated. Please switch", FutureWarning, stacklevel=1)
+        warnings.warn("another", FutureWarning, stacklevel=1)
+
+    monkeypatch.setattr(forward_ad, "_maybe_load_decompositions", load, raising=False)
+    with warnings.catch_warnings(record=True) as later:
+        warnings.simplefilter("always")
+        kernels._load_decompositions.cache_clear()
+        with kernels.forward_mode():
+            pass
+    assert [str(each.message) for each in later] == ["another"]
