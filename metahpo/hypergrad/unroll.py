@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from metahpo.errors import HypergradientError
+from metahpo.functional.second_order import check_graph, second_derivatives
 from metahpo.functional.trees import Params
 from metahpo.hypergrad.base import (
     Hypergradient,
@@ -21,9 +22,11 @@ from metahpo.hypergrad.base import (
     outer_value,
 )
 from metahpo.inner.gradient import InnerGradient, Reverse
-from metahpo.inner.problem import InnerProblem
+from metahpo.inner.problem import InnerProblem, split
 from metahpo.inner.remat import NoRemat, Remat
 from metahpo.inner.rules.base import UpdateRule
+
+_FIRST_ORDER = "gradient=FirstOrder() (first_order)"
 
 
 @dataclass(frozen=True)
@@ -60,14 +63,19 @@ class Unroll:
     ) -> Hypergradient:
         batches = list(batches)
         warnings = check_inputs(problem, rule, outer_loss, params, hparams, batches, state)
-        state = state or InnerState(None, 0)
+        new, state = state is None, state or InnerState(None, 0)
         before = max(len(batches) - self.truncate, 0) if self.truncate else 0
         params, hparams, losses = constants(params), constants(hparams), []
         if before:
             with torch.no_grad():
                 start = problem.fit(rule, params, hparams, batches[:before], state=state.rule, step=state.step)
             params, state, losses = start.params, InnerState(start.state, start.step), start.losses
-        with torch.enable_grad():
+
+        def forward() -> None:
+            problem.loss(params, split(hparams)[0], batches[0])
+            outer_value(outer_loss, params, hparams)
+
+        with second_derivatives(forward, _FIRST_ORDER), torch.enable_grad():
             given = leaves(hparams)
             end = problem.fit(
                 rule,
@@ -80,7 +88,11 @@ class Unroll:
                 step=state.step,
             )
             value = outer_value(outer_loss, end.params, given)
-        grads = torch.autograd.grad(value, list(given.values()), allow_unused=True) if value.requires_grad else None
+            if new:
+                check_graph(value, forward, _FIRST_ORDER)
+            grads = None
+            if value.requires_grad:
+                grads = torch.autograd.grad(value, list(given.values()), allow_unused=True)
         found = dict(zip(given, grads or [None] * len(given)))
         after = InnerState(constants(end.state), end.step)
         return finished(value, found, hparams, end.params, after, losses + end.losses, warnings)

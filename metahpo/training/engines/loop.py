@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
+from metahpo.functional.second_order import check_graph, second_derivatives
 from metahpo.functional.trees import Params, stack_trees
 from metahpo.learners.base import MetaLearner, Metrics
 from metahpo.learners.phase import Phase
@@ -17,6 +21,9 @@ class Loop:
 
     name = "loop"
 
+    def __init__(self) -> None:
+        self._checked: Callable[[], MetaLearner | None] = lambda: None
+
     def meta_gradient(self, learner: MetaLearner, tasks: Task, phase: Phase) -> MetaGradient:
         learner.train(phase.training)
         params = learner.outer_params()
@@ -24,8 +31,12 @@ class Loop:
         total: list[Tensor] | tuple[Tensor, ...] | None = None
         losses, rows = [], []
         for index in range(count):
-            loss, metrics = learner.meta_loss(tasks.select(index), phase)
-            grads = torch.autograd.grad(loss / count, list(params.values()), materialize_grads=True)
+            with second_derivatives(lambda: learner.meta_loss(tasks.select(0), phase)):
+                loss, metrics = learner.meta_loss(tasks.select(index), phase)
+                if self._checked() is not learner:
+                    check_graph(loss, lambda: learner.meta_loss(tasks.select(0), phase))
+                    self._checked = weakref.ref(learner)
+                grads = torch.autograd.grad(loss / count, list(params.values()), materialize_grads=True)
             total = list(grads) if total is None else torch._foreach_add(total, grads)
             losses.append(loss.detach())
             rows.append(metrics)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from metahpo.errors import NetError
 from metahpo.functional import FunctionalModule, Params
 from metahpo.functional.copies import copied
+from metahpo.functional.second_order import check_graph, second_derivatives
 from metahpo.functional.trees import stack_trees
 from metahpo.learners.base import MetaLearner, Metrics
 from metahpo.learners.phase import Phase
@@ -45,13 +46,20 @@ class Threads:
 
     def meta_gradient(self, learner: MetaLearner, tasks: Task, phase: Phase) -> MetaGradient:
         count = tasks.query_x.shape[0]
+        first = self._watched() is not learner
 
-        def one(learner: MetaLearner, index: int) -> tuple[Tensor, tuple[Tensor, ...], Metrics]:
-            loss, metrics = learner.meta_loss(tasks.select(index), phase)
-            params = list(learner.outer_params().values())
+        def again() -> Tensor:
+            return learner.meta_loss(tasks.select(0), phase)[0]
+
+        def one(twin: MetaLearner, index: int) -> tuple[Tensor, tuple[Tensor, ...], Metrics]:
+            loss, metrics = twin.meta_loss(tasks.select(index), phase)
+            if first and index == 0:
+                check_graph(loss, again)
+            params = list(twin.outer_params().values())
             return loss.detach(), torch.autograd.grad(loss, params, materialize_grads=True), metrics
 
-        losses, grads, rows = zip(*self._each(learner, phase, one, count))
+        with second_derivatives(again):
+            losses, grads, rows = zip(*self._each(learner, phase, one, count))
         total = grads[0]
         for more in grads[1:]:
             total = torch._foreach_add(total, more)

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.func import grad, vmap
 
+from metahpo.errors import NetError
 from metahpo.functional.swap import call_with
 from metahpo.functional.trees import Params, map_tree
 from metahpo.learners.base import MetaLearner, Metrics
 from metahpo.learners.phase import Phase
 from metahpo.tasks.task import Task
 from metahpo.training.engines.base import MetaGradient, mean, merged_metrics
+from metahpo.training.engines.loop import Loop
 from metahpo.training.engines.refusal import refusal
 
 
@@ -27,7 +30,13 @@ class VMap:
         learner.train(phase.training)
         # Detached: nothing outside of vmap is to be recorded for a second gradient.
         outer = map_tree(torch.detach, learner.outer_params())
-        return _run(self.name, learner, lambda: batched_gradient(learner, outer, {}, tasks, phase))
+        try:
+            return _run(self.name, learner, lambda: batched_gradient(learner, outer, {}, tasks, phase))
+        except NetError:
+            # What no engine can do is told by the first task alone: a layer without a second derivative.
+            with suppress(RuntimeError):
+                Loop().meta_gradient(learner, Task(*(part[:1] for part in tasks)), phase)
+            raise
 
     @torch.no_grad()
     def evaluate(self, learner: MetaLearner, tasks: Task, phase: Phase) -> tuple[Metrics, Params]:
