@@ -29,6 +29,12 @@ def without_head(net: nn.Module) -> tuple[nn.Module, nn.Module]:
     return net, layers[-1]
 
 
+def like(new: nn.Module, old: nn.Module) -> nn.Module:
+    """``new`` with parameters of the type of those of ``old``, if any."""
+    first = next((p for p in old.parameters() if p.is_floating_point()), None)
+    return new if first is None else new.to(first.dtype)
+
+
 def _replace(net: nn.Module, old: nn.Module, new: nn.Module) -> None:
     """Puts ``new`` wherever ``old`` is registered, be it under several names."""
     kept = set(new.modules())

@@ -11,7 +11,7 @@ from metahpo.checks import check_type, check_whole
 from metahpo.errors import NetArgumentError, NetError
 from metahpo.functional import Params
 from metahpo.functional.copies import unwrapped
-from metahpo.functional.surgery import with_layers
+from metahpo.functional.surgery import like, with_layers
 from metahpo.learners.base import Adapted
 from metahpo.learners.maml import MAML
 from metahpo.learners.phase import Phase
@@ -54,7 +54,7 @@ class CAVIA(MAML):
         net = unwrapped(net)
         context = check_whole(self, "context", context, at_least=1, error=NetArgumentError)
         check_type(self, "after", after, (str, type(None)), "the name of a layer", error=NetArgumentError)
-        net = with_layers(net, [after or _place(net)], lambda layer: FiLM(context, _channels(layer)))
+        net = with_layers(net, [after or _place(net)], lambda layer: like(FiLM(context, _channels(layer)), layer))
         super().__init__(net, **options)
 
     def adapted_names(self) -> list[str]:

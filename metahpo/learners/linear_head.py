@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from metahpo.checks import check_number, check_type, check_whole
 from metahpo.errors import NetArgumentError, NetError
 from metahpo.functional import FunctionalModule, Params
-from metahpo.functional.surgery import without_head
+from metahpo.functional.surgery import like, without_head
 from metahpo.learners.base import Adapted, MetaLearner, Metrics
 from metahpo.learners.phase import Phase
 from metahpo.tasks.task import Task
@@ -35,7 +35,8 @@ class LinearHead(MetaLearner):
         body, head = without_head(net)
         if not isinstance(head, nn.Linear):
             raise NetError(f"linear_head needs a net that ends in a Linear layer, found {type(head).__name__}")
-        self.module, self.classifier = FunctionalModule(body), nn.Linear(head.in_features, classes)
+        self.module = FunctionalModule(body)
+        self.classifier = like(nn.Linear(head.in_features, classes), head)
         self.ways, self.steps, self.inner_lr = ways, steps, inner_lr
 
     def meta_loss(self, task: Task, phase: Phase) -> tuple[Tensor, Metrics]:

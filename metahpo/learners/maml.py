@@ -85,7 +85,11 @@ class MAML(MetaLearner):
             )
         if rule is not None and improvements.layer_step_rates:
             raise NetError("layer_step_rates is itself an update rule; give either it or rule")
-        self.rule = self.default_rule(inner_lr, learn_lr) if rule is None else rule
+        if rule is None:
+            rule = self.default_rule(inner_lr, learn_lr)
+            if any(p.dtype == torch.float64 for p in self.module.params().values()):
+                rule = rule.double()  # Never below torch's default type: a rate is to learn in small steps.
+        self.rule = rule
 
     def adapted_names(self) -> list[str]:
         """The parameters of the net that the inner loop adapts."""

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from metahpo.checks import check_type
 from metahpo.errors import NetArgumentError, NetError
 from metahpo.functional.copies import unwrapped
-from metahpo.functional.surgery import with_layers
+from metahpo.functional.surgery import like, with_layers
 from metahpo.learners.maml import MAML
 
 
@@ -50,8 +50,8 @@ class WarpMAML(MAML):
         return [name for name in super().adapted_names() if name.rpartition(".")[0] not in warps]
 
 
-def _warp(layer: nn.Module) -> Warp:
+def _warp(layer: nn.Module) -> nn.Module:
     if isinstance(layer, nn.Conv2d):
-        return Warp(layer.out_channels, image=True)
+        return like(Warp(layer.out_channels, image=True), layer)
     assert isinstance(layer, nn.Linear)
-    return Warp(layer.out_features, image=False)
+    return like(Warp(layer.out_features, image=False), layer)
