@@ -31,7 +31,7 @@ def batched_convolutions(inputs: Sequence[Tensor]) -> AbstractContextManager[Any
     """
     # What a compiler records at this moment was chosen before or not at all.
     here = under_torch_func() and not torch.compiler.is_compiling()
-    if not (here and inputs and inputs[0].is_cuda):
+    if not (here and inputs and getattr(inputs[0], "is_cuda", False)):
         return nullcontext()
     device = inputs[0].device
     return BatchedConvolutions(lambda layer: measured(layer, device))

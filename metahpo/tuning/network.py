@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,17 @@ from metahpo.functional.trees import Params
 from metahpo.tuning.data import Labelled
 
 Loss = Callable[[Tensor, Tensor], Tensor]
+
+
+class WholeBatch(nn.Module):
+    """A net that gives the loss of a batch of any kind, by ``forward(net, batch)``."""
+
+    def __init__(self, net: nn.Module, function: Callable[[nn.Module, Any], Tensor]):
+        super().__init__()
+        self.net, self.function = net, function
+
+    def forward(self, batch: Any) -> Tensor:
+        return self.function(self.net, batch)
 
 
 def with_weights(net: nn.Module, params: Params, buffers: Params | None = None) -> nn.Module:

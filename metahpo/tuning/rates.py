@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 from pydantic import Field, field_validator, model_validator
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from metahpo.errors import ConfigError, DataError, NetError, NonFiniteError, did_you_mean, one_line
 from metahpo.functional import FunctionalModule
@@ -23,10 +24,12 @@ from metahpo.training.schedules import cosine
 from metahpo.training.settings import InnerGradientName, RematName, Settings
 from metahpo.tuning.base import Tuner, test
 from metahpo.tuning.initial import InitialNets, NetOrFactory
+from metahpo.tuning.network import WholeBatch
 from metahpo.tuning.schedule import Rates
 
 # Rates and decays are learnt as logarithms, what lies between 0 and 1 as logits: neither leaves its bounds.
 _LOGITS = ("momentum", "beta1", "beta2")
+Forward = Callable[[nn.Module, Any], Tensor]
 # Sets the draws of initial weights apart from those of the batches.
 _WEIGHTS = 1
 
@@ -77,10 +80,11 @@ class RatesSettings(Settings):
 
 def tune_rates(
     net: NetOrFactory,
-    loss: Callable[[Tensor, Tensor], Tensor],
-    train_loader: Iterable[tuple[Tensor, Tensor]],
-    val_loader: Iterable[tuple[Tensor, Tensor]],
+    loss: Callable[[Tensor, Tensor], Tensor] | None,
+    train_loader: Iterable[Any],
+    val_loader: Iterable[Any],
     *,
+    forward: Forward | None = None,
     device: torch.device | str | None = None,
     on_step: Callable[[Row], None] | None = None,
     **settings: Any,
@@ -100,6 +104,9 @@ def tune_rates(
     on_step: called with the figures of each outer step. settings: ``RatesSettings`` as keywords
     (steps, phases, tune, by, rule, iterations, ...).
 
+    forward: in place of a loss (then None), for batches that are no pairs (dicts, triples): ``forward(net, batch)``
+    gives the scalar loss of a batch as the loader gave it, its tensors on the device.
+
     Batch norm uses the batch's statistics in the validation loss too, where a net in evaluation mode has running ones.
 
     Raises ConfigError for a setting, NetError for a net that cannot be run, DataError for loaders without batches,
@@ -107,7 +114,7 @@ def tune_rates(
     """
     if "batch" in settings:
         raise ConfigError(f"batch: found {settings['batch']!r}, but the size of a batch is train_loader's")
-    tuner = RatesTuner(net, loss, train_loader, val_loader, RatesSettings.of(**settings), device)
+    tuner = RatesTuner(net, loss, train_loader, val_loader, RatesSettings.of(**settings), device, forward)
     tuner.run(each=on_step)
     return tuner.result()
 
@@ -120,12 +127,17 @@ class RatesTuner(Tuner):
     def __init__(
         self,
         net: NetOrFactory,
-        loss: Callable[[Tensor, Tensor], Tensor],
+        loss: Callable[[Tensor, Tensor], Tensor] | None,
         train_loader: Iterable[Any],
         val_loader: Iterable[Any],
         settings: RatesSettings | None = None,
         device: torch.device | str | None = None,
+        forward: Forward | None = None,
     ):
+        if (loss is None) == (forward is None):
+            both = "neither" if loss is None else "both"
+            raise ConfigError(f"loss: found {both} of loss and forward, expected one of them")
+        self.forward = forward
         self.settings = settings = settings or RatesSettings()
         super().__init__(settings.iterations)
         self.starts = InitialNets(net, settings.seed, device=device)
@@ -162,17 +174,20 @@ class RatesTuner(Tuner):
         net = self.starts.checked(self.settings.seed) if self.settings.fresh else copied(self.net)
         with seeded(self.settings.seed, device=self.device), torch.no_grad():
             for what, loader in (("train_loader", self.train), ("val_loader", self.val)):
-                x, y = self._to(take(loader, 1, what)[0])
+                batch = self._to(take(loader, 1, what)[0])
                 try:
-                    value = self.loss(net.eval()(x), y)
+                    value = self._loss(net.eval(), batch)
                 except Exception as error:
                     raise NetError(
-                        f"{what}: {type(net).__name__} or the loss fails on inputs {list(x.shape)} and targets "
-                        f"{list(y.shape)}: {type(error).__name__}: {one_line(error)}"
+                        f"{what}: {type(net).__name__} or the loss fails on {_described(batch)}: "
+                        f"{type(error).__name__}: {one_line(error)}"
                     ) from error
                 if not isinstance(value, Tensor) or value.dim():
                     found = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
                     raise NetError(f"the loss gave {found}, expected a scalar tensor")
+
+    def _loss(self, net: nn.Module, batch: Any) -> Tensor:
+        return self.forward(net, batch) if self.forward else self.loss(net(batch[0]), batch[1])  # type: ignore[misc]
 
     def values(self) -> Params:
         """The learnt hyperparameters as they are now, [rows, phases] each; differentiable in ``raw``."""
@@ -186,7 +201,7 @@ class RatesTuner(Tuner):
             net = self.starts.draw(settings.seed, self.iteration, _WEIGHTS) if settings.fresh else self.net
             batches = [self._to(batch) for batch in take(self.train, settings.steps, "train_loader")]
             val = self._to(take(self.val, 1, "val_loader")[0])
-            values, result = self._differentiated(FunctionalModule(net), batches, val)
+            values, result = self._differentiated(net, batches, val)
         pulled = {name: result.grads[f"rule.{name}"] for name in values}
         sums = [torch.zeros_like(v).index_add_(0, self._row, pulled[name]) for name, v in values.items()]
         grads = torch.autograd.grad(list(values.values()), list(self.raw.values()), sums)
@@ -198,21 +213,25 @@ class RatesTuner(Tuner):
         row = {"val_loss": float(result.value), "train_loss": float(result.losses[-1])}
         return {**row, **{f"mean_{name}": float(value.detach().mean()) for name, value in values.items()}}
 
-    def _differentiated(
-        self, module: FunctionalModule, batches: list[Any], val: tuple[Tensor, Tensor]
-    ) -> tuple[Params, Hypergradient]:
+    def _differentiated(self, net: nn.Module, batches: list[Any], val: Any) -> tuple[Params, Hypergradient]:
         """The hyperparameters and the hypergradient at them; where the training diverges, at those before the last
         outer step, and then at halved rates."""
+        # The rule knows the net's own names.
+        prefix = "net." if self.forward else ""
+        module = FunctionalModule(WholeBatch(net, self.forward) if self.forward else net)
         buffers = module.buffers_by_name()
 
-        def output(params: Params, x: Tensor, training: bool) -> Tensor:
-            return module.apply_with(params, buffers, x, training=training)[0]
+        def value(params: Params, batch: Any, training: bool) -> Tensor:
+            params = {f"{prefix}{name}": p for name, p in params.items()}
+            inputs = batch if self.forward else batch[0]
+            output, _ = module.apply_with(params, buffers, inputs, training=training)
+            return output if self.forward else self.loss(output, batch[1])  # type: ignore[misc]
 
-        problem = InnerProblem(lambda params, hparams, batch: self.loss(output(params, batch[0], True), batch[1]))
-        params = {name: p.detach() for name, p in module.params().items()}
+        problem = InnerProblem(lambda params, hparams, batch: value(params, batch, True))
+        params = {name.removeprefix(prefix): p.detach() for name, p in module.params().items()}
 
         def outcome(params: Params, hparams: Params) -> Tensor:
-            return self.loss(output(params, val[0], False), val[1])
+            return value(params, val, False)
 
         for attempt in itertools.count():
             values = self.values()
@@ -232,12 +251,17 @@ class RatesTuner(Tuner):
                 return values, result
         raise AssertionError("unreachable")
 
-    def _to(self, batch: Any) -> tuple[Tensor, Tensor]:
+    def _to(self, batch: Any) -> Any:
+        if self.forward:
+            return tree_map_only(Tensor, lambda t: t.to(self.device), batch)
         try:
             x, y = batch
             return x.to(self.device), y.to(self.device)
         except (TypeError, ValueError, AttributeError):
-            raise DataError(f"a loader gave {type(batch).__name__}, expected pairs (inputs, targets)") from None
+            raise DataError(
+                f"a loader gave {type(batch).__name__}, expected pairs (inputs, targets); "
+                "forward(net, batch) in place of loss takes any batch"
+            ) from None
 
     def result(self) -> Rates:
         tuned = {name: value.detach().clone() for name, value in self.values().items()}
@@ -252,12 +276,20 @@ class RatesTuner(Tuner):
         """The net trained by plain ``torch.optim`` with the learnt rates, and with those that the tuning began with;
         each three times from new initial weights, tested in evaluation mode."""
         learnt = self.result()
-        start = RatesTuner(self.starts.source, self.loss, self.train, self.val, self.settings, self.device).result()
+        start = RatesTuner(
+            self.starts.source, self.loss, self.train, self.val, self.settings, self.device, self.forward
+        ).result()
         return {"tuned": self._trained(learnt, x, y), "initial rates": self._trained(start, x, y)}
 
     def _trained(self, rates: Rates, x: Tensor, y: Tensor, runs: int = 3) -> Row:
-        rows = [test(self.train_with(rates, run), self.loss, x, y) for run in range(runs)]
+        rows = [self._tested(self.train_with(rates, run), x, y) for run in range(runs)]
         return {name: sum(row[name] for row in rows) / runs for name in rows[0]}
+
+    def _tested(self, net: nn.Module, x: Tensor, y: Tensor) -> Row:
+        if self.loss is not None:
+            return test(net, self.loss, x, y)
+        with torch.no_grad():
+            return {"loss": float(self._loss(net.eval(), (x, y)))}
 
     def train_with(self, rates: Rates, run: int) -> nn.Module:
         """The net trained by ``torch.optim`` for the settings' steps; run: a number that draws weights and batches."""
@@ -268,9 +300,8 @@ class RatesTuner(Tuner):
             optimizer = rates.optimizer(net.train())
             scheduler = rates.scheduler(optimizer)
             for batch in take(self.train, self.settings.steps, "train_loader"):
-                inputs, targets = self._to(batch)
                 optimizer.zero_grad()
-                self.loss(net(inputs), targets).backward()
+                self._loss(net, self._to(batch)).backward()
                 optimizer.step()
                 scheduler.step()
         return net
@@ -296,6 +327,12 @@ def take(loader: Iterable[Any], count: int, what: str) -> list[Any]:
             raise DataError(f"{what}: found no batch; expected a DataLoader, or a list of batches")
         found += more
     return found
+
+
+def _described(batch: Any) -> str:
+    if isinstance(batch, tuple) and len(batch) == 2 and all(isinstance(part, Tensor) for part in batch):
+        return f"inputs {list(batch[0].shape)} and targets {list(batch[1].shape)}"
+    return f"a batch of type {type(batch).__name__}"
 
 
 def _groups(names: list[str], by: str) -> dict[str, list[str]]:

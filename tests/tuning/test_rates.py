@@ -228,3 +228,24 @@ def test_a_schedule_is_kept_as_plain_values(digits, tmp_path):
     again = rates.scheduler(rates.optimizer(net))
     again.load_state_dict(state)
     assert again.last_epoch == scheduler.last_epoch
+
+
+@pytest.mark.parametrize("inner_gradient", ["reverse", "mixed"])
+def test_a_forward_of_any_batch_gives_what_a_loss_of_pairs_gives(digits, inner_gradient):
+    options = {"steps": 3, "phases": 1, "iterations": 2, "inner_gradient": inner_gradient}
+    train, val = [tuple(digits["train"])], [tuple(digits["val"])]
+    expected = tune_rates(small_net(), F.cross_entropy, train, val, **options)
+
+    def forward(net, batch):
+        assert batch["what"] == "digits"
+        return F.cross_entropy(net(batch["image"]), batch["label"])
+
+    named = [[{"image": x, "label": y, "what": "digits"}] for ((x, y),) in (train, val)]
+    found = tune_rates(small_net(), None, *named, forward=forward, **options)
+    assert found.groups == expected.groups
+    assert found.history == expected.history
+    torch.testing.assert_close(found.values, expected.values, rtol=1e-10, atol=1e-12)
+    with pytest.raises(DataError, match=r"gave dict, expected pairs .*forward\(net, batch\)"):
+        tune_rates(small_net(), F.cross_entropy, *named, **options)
+    with pytest.raises(ConfigError, match="found neither of loss and forward, expected one"):
+        tune_rates(small_net(), None, train, val, **options)
