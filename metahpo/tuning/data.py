@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from metahpo.errors import DataError, one_line
@@ -31,6 +32,30 @@ class Labelled(NamedTuple):
         return int(self.y.max()) + 1
 
 
+class Examples:
+    """Examples of any kind: a dict, tuple or list of tensors [N, ...]."""
+
+    def __init__(self, tree: Any, what: str = "dataset"):
+        if isinstance(tree, (Dataset, DataLoader)):
+            parts = list(tree if isinstance(tree, DataLoader) else DataLoader(tree, len(tree)))
+            tree = tree_map(lambda *each: torch.cat(each), *parts)
+        sizes = {len(leaf) if isinstance(leaf, Tensor) and leaf.dim() else 0 for leaf in tree_leaves(tree)}
+        if len(sizes) != 1 or 0 in sizes:
+            raise DataError(
+                f"{what}: expected a Dataset, a DataLoader, or a dict or tuple of tensors [N, ...] of one N, at least 1"
+            )
+        self.tree, self.size = tree, sizes.pop()
+
+    def __len__(self) -> int:
+        return self.size
+
+    def to(self, device: torch.device | str) -> Examples:
+        return Examples(tree_map(lambda t: t.to(device), self.tree))
+
+    def select(self, which: Tensor) -> Examples:
+        return Examples(tree_map(lambda t: t[which], self.tree))
+
+
 def labelled(data: Any, what: str = "dataset", *, whole: bool = False) -> Labelled:
     """The whole of a data set as tensors.
 
@@ -50,7 +75,8 @@ def labelled(data: Any, what: str = "dataset", *, whole: bool = False) -> Labell
         else:
             x, y = (torch.as_tensor(value) for value in data)
     except (ValueError, TypeError, RuntimeError) as error:
-        raise DataError(f"{what}: expected examples and targets as tensors of one shape: {one_line(error)}") from None
+        line = one_line(error)
+        raise DataError(f"{what}: expected pairs of examples and targets as tensors of one shape: {line}") from None
     if not x.dim() or not y.dim():
         raise DataError(f"{what}: found single values, expected examples [N, ...] and targets [N, ...]")
     if len(x) != len(y) or not len(x):

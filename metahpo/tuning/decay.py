@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from metahpo.errors import NetError, NonFiniteError
+from metahpo.errors import ConfigError, NetError, NonFiniteError
 from metahpo.functional.module import FunctionalModule
 from metahpo.functional.trees import Params
 from metahpo.hypergrad.base import InnerState
@@ -20,22 +20,24 @@ from metahpo.inner.problem import InnerProblem
 from metahpo.training.environment import seeded
 from metahpo.training.metrics import Row
 from metahpo.tuning.base import Tuner, test
-from metahpo.tuning.data import Labelled, labelled
+from metahpo.tuning.data import Examples, Labelled, labelled
 from metahpo.tuning.decay_result import ALL, Decay
-from metahpo.tuning.network import Loss, check_fits, device_for, with_weights
+from metahpo.tuning.network import Loss, WholeBatch, check_fits, device_for, with_weights
 from metahpo.tuning.settings import DecaySettings
 
 # In front of the names of hyperparameters, as a net may have a part named "rule".
 DECAY = "decay."
 _CONVERGED = 1e-2
+Forward = Callable[[nn.Module, Any], Tensor]
 
 
 def tune_decay(
     net: nn.Module,
-    loss: Loss,
+    loss: Loss | None,
     train: Any,
     val: Any,
     *,
+    forward: Forward | None = None,
     device: torch.device | str | None = None,
     on_step: Callable[[Row], None] | None = None,
     **settings: Any,
@@ -52,13 +54,17 @@ def tune_decay(
     tensors (``labelled``), which are held in memory. device: default that of the net. on_step: called with the figures
     of each update. settings: ``DecaySettings`` as keywords (by, steps, every, ...).
 
+    forward: in place of a loss (then None), for examples that are no pairs (dicts, triples): ``forward(net, batch)``
+    gives the mean loss of a batch; train and val are then a ``Dataset``, a ``DataLoader``, or a dict or tuple of
+    tensors.
+
     A decay by parameter can fit thousands of validation examples as a net fits its training set (section 5.1 there):
     judge the result by data that neither saw.
 
     Raises ConfigError for settings, DataError and NetError for what does not fit, NonFiniteError for a training that
     diverges.
     """
-    tuner = DecayTuner(net, loss, train, val, DecaySettings.of(**settings), device)
+    tuner = DecayTuner(net, loss, train, val, DecaySettings.of(**settings), device, forward)
     tuner.run(each=on_step)
     return tuner.result()
 
@@ -71,21 +77,30 @@ class DecayTuner(Tuner):
     def __init__(
         self,
         net: nn.Module,
-        loss: Loss,
+        loss: Loss | None,
         train: Any,
         val: Any,
         settings: DecaySettings = DecaySettings(),
         device: torch.device | str | None = None,
+        forward: Forward | None = None,
     ):
+        if (loss is None) == (forward is None):
+            both = "neither" if loss is None else "both"
+            raise ConfigError(f"loss: found {both} of loss and forward, expected one of them")
+        self.forward, self._prefix = forward, "net." if forward else ""
         super().__init__(-(-settings.steps // settings.every))
         self.settings, self.loss, self.device = settings, loss, device_for(net, device)
         parts = ((train, "train"), (val, "val"))
-        self.train, self.val = (labelled(d, name, whole=True).to(self.device) for d, name in parts)
-        check_fits(net, self.device, train=self.train, val=self.val)
+        if forward:
+            self.train, self.val = (_examples(d, name).to(self.device) for d, name in parts)
+        else:
+            self.train, self.val = (labelled(d, name, whole=True).to(self.device) for d, name in parts)
+            check_fits(net, self.device, train=self.train, val=self.val)
         self.net = net
-        self.module = FunctionalModule(net).to(self.device)
-        self.params = {name: p.detach().clone().requires_grad_() for name, p in self.module.params().items()}
-        self.buffers = {name: b.clone() for name, b in self.module.buffers_by_name().items()}
+        self.module = FunctionalModule(WholeBatch(net, forward) if forward else net).to(self.device)
+        params = {name.removeprefix(self._prefix): p for name, p in self.module.params().items()}
+        self.params = {name: p.detach().clone().requires_grad_() for name, p in params.items()}
+        self.buffers = {name.removeprefix(self._prefix): b.clone() for name, b in self.module.buffers_by_name().items()}
         self.logs = {DECAY + name: h for name, h in _logs(self.params, settings).items()}
         self.optimizer = _optimizer(self.params, settings)
         self.outer = torch.optim.Adam(self.logs.values(), settings.decay_lr)
@@ -107,9 +122,9 @@ class DecayTuner(Tuner):
         decays = [self._decay(self.logs, name) for name in self.params]
         params, total = list(self.params.values()), torch.zeros((), device=self.device)
         for _ in range(count):
-            x, y = _draw(self.train, self.settings.batch)
-            out, self.buffers = self.module.apply_with(self.params, self.buffers, x)
-            value = self.loss(out, y)
+            value, self.buffers = self._value(self.params, _draw(self.train, self.settings.batch), True)
+            if not isinstance(value, Tensor):
+                raise NetError(f"loss gave {type(value).__name__}, expected a scalar tensor")
             if value.dim():
                 raise NetError(f"loss gave a tensor {list(value.shape)}, expected a scalar; take its mean")
             grads = torch.autograd.grad(value, params, materialize_grads=True)
@@ -134,8 +149,7 @@ class DecayTuner(Tuner):
         batch, val_batch = _draw(self.train, s.batch), _draw(self.val, s.val_batch)
 
         def outer_loss(params: Params, hparams: Params) -> Tensor:
-            out, _ = self.module.apply_with(params, self.buffers, val_batch.x, training=False)
-            return self.loss(out, val_batch.y)
+            return self._value(params, val_batch, False)[0]
 
         # With a state there is no look for what would be silently wrong: the losses are not the user's, and it would
         # cost as much as a step and draw random numbers.
@@ -151,9 +165,18 @@ class DecayTuner(Tuner):
         return float(series.residual), float(found.value)
 
     def _inner_loss(self, params: Params, hparams: Params, batch: Labelled) -> Tensor:
-        out, _ = self.module.apply_with(params, self.buffers, batch.x)
+        value, _ = self._value(params, batch, True)
         decayed = [(self._decay(hparams, name) * p.square()).sum() for name, p in params.items()]
-        return self.loss(out, batch.y) + 0.5 * torch.stack(decayed).sum()
+        return value + 0.5 * torch.stack(decayed).sum()
+
+    def _value(self, params: Params, batch: Any, training: bool) -> tuple[Tensor, Params]:
+        """(loss of the batch, new buffers); the net's own names are without the prefix."""
+        if self.forward is None:
+            out, buffers = self.module.apply_with(params, self.buffers, batch.x, training=training)
+            return self.loss(out, batch.y), buffers  # type: ignore[misc]
+        params, buffers = ({self._prefix + name: t for name, t in own.items()} for own in (params, self.buffers))
+        value, buffers = self.module.apply_with(params, buffers, batch.tree, training=training)
+        return value, {name.removeprefix(self._prefix): b for name, b in buffers.items()}
 
     def _decay(self, logs: Params, name: str) -> Tensor:
         return logs[DECAY + (ALL if self.settings.by == "all" else name)].exp()
@@ -174,6 +197,8 @@ class DecayTuner(Tuner):
     def compare(self, x: Tensor, y: Tensor) -> dict[str, Row]:
         """ "tuned": the tuned net; "retrained": the net from its beginning with the final decays; "untuned": with the
         decays that the tuning began at. All with the same steps and batches."""
+        if self.loss is None:
+            raise ConfigError("compare: found a tuning by forward, expected one by loss")
         data = labelled((x, y), "test", whole=True).to(self.device)
         check_fits(self.net, self.device, test=data)
         start = {name: torch.full_like(h, self.settings.decay).log() for name, h in self.logs.items()}
@@ -186,7 +211,7 @@ class DecayTuner(Tuner):
 
     def _trained_with(self, logs: Params) -> nn.Module:
         """The net after the training with these decays, which stay."""
-        other = DecayTuner(self.net, self.loss, self.train, self.val, self.settings, self.device)
+        other = DecayTuner(self.net, self.loss, self.train, self.val, self.settings, self.device, self.forward)
         other.logs = logs
         for other.iteration in range(self.iterations):
             s = self.settings
@@ -252,8 +277,13 @@ def _optimizer(params: Params, settings: DecaySettings) -> torch.optim.Optimizer
     return torch.optim.SGD(params.values(), settings.lr, settings.momentum)
 
 
-def _draw(data: Labelled, size: int) -> Labelled:
+def _examples(data: Any, what: str) -> Examples:
+    return data if isinstance(data, Examples) else Examples(data, what)
+
+
+def _draw(data: Any, size: int) -> Any:
     """So many examples, each at most once, by the generator that is seeded now."""
-    if size >= len(data.x):
+    count = len(data) if isinstance(data, Examples) else len(data.x)
+    if size >= count:
         return data
-    return data.select(torch.randperm(len(data.x))[:size].to(data.x.device))
+    return data.select(torch.randperm(count)[:size])

@@ -176,3 +176,22 @@ def test_ticks_of_decays_are_plain_numbers_or_powers(decays, scale):
     assert figure.axes[1].get_yscale() == scale
     assert any(labels)
     assert not [label for label in labels if "times" in label]
+
+
+@pytest.mark.parametrize("by", BY)
+def test_a_forward_of_any_batch_gives_what_a_loss_of_pairs_gives(by):
+    torch.manual_seed(0)
+    net, x, y = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2)).double(), torch.randn(12, 3), None
+    x, y = x.double(), torch.arange(12) % 2
+    options = {"by": by, "steps": 4, "every": 2, "batch": 5, "val_batch": 6}
+    expected = tune_decay(net, F.cross_entropy, (x, y), (x, y), **options)
+    data = {"image": x, "label": y}
+
+    def forward(net, batch):
+        return F.cross_entropy(net(batch["image"]), batch["label"])
+
+    found = tune_decay(net, None, data, data, forward=forward, **options)
+    torch.testing.assert_close(found.log_decays, expected.log_decays, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(found.net.state_dict(), expected.net.state_dict(), rtol=1e-10, atol=1e-12)
+    with pytest.raises(ConfigError, match="found neither of loss and forward"):
+        tune_decay(net, None, data, data, **options)
