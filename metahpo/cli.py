@@ -15,8 +15,9 @@ from typing import Any
 from metahpo import __version__, torchrun
 from metahpo.cli_search import add_search
 from metahpo.cli_tune import add_tune
-from metahpo.errors import MetaHPOError, NonFiniteError, RankError, UsageError, one_line
+from metahpo.errors import DataError, MetaHPOError, NonFiniteError, RankError, UsageError, one_line
 from metahpo.run_dirs import check_new, existing_run_dir, is_search, new_run_dir, trained_run_dir
+from metahpo.runs.files import read_json, write_json
 from metahpo.runs.fingerprint import check_fingerprint, fingerprint, write_fingerprint
 from metahpo.runs.lock import holding_run
 
@@ -268,31 +269,41 @@ def _report(options: argparse.Namespace) -> int:
     with holding_run(run_dir):
         config = load_config(run_dir / "config.yaml")
         tasks, learner = build_for(config, "test")
+        check_fingerprint(run_dir, _fingerprint(config))
         load_best(run_dir, learner)
         _write_report(run_dir, learner, tasks.task(0))
     return 0
 
 
-def _free(run_dir: Path, split: str, count: int, content: bytes) -> Path:
+def _free(run_dir: Path, split: str, count: int, result: dict[str, Any]) -> Path:
     """The first file of the test's that holds no other test's figures."""
+
+    def taken(path: Path) -> bool:
+        try:
+            kept = read_json(path)
+        except DataError as error:
+            print(f"{error}; written again", file=sys.stderr)
+            return False
+        return kept is not None and json.dumps(kept) != json.dumps(result)
+
     names = itertools.chain([split, f"{split}-{count}"], (f"{split}-{count}-{n}" for n in itertools.count(2)))
     paths = (run_dir / f"{name}.json" for name in names)
-    return next(path for path in paths if not path.exists() or path.read_bytes() in (b"", content))
+    return next(path for path in paths if not taken(path))
 
 
 def _test(config: Any, run_dir: Path, split: str, count: int, ranks: Any, keep: bool = False):
     from metahpo.building import build_for
-    from metahpo.training.checkpoint import write_atomically
     from metahpo.training.ensemble import evaluate_run
 
     with ranks.agreed():
         tasks, learner = build_for(config, split)
+    if keep:
+        ranks.on_first(lambda: check_fingerprint(run_dir, _fingerprint(config)))
     rows = evaluate_run(run_dir, learner, tasks, count, config.training)
     if ranks.first:
         result = {"split": split, "tasks": count, "rows": rows}
-        content = json.dumps(result, indent=2).encode()
-        path = _free(run_dir, split, count, content) if keep else run_dir / f"{split}.json"
-        write_atomically(path, content)
+        path = _free(run_dir, split, count, result) if keep else run_dir / f"{split}.json"
+        write_json(path, result)
         if path.stem != split:
             print(f"{run_dir / f'{split}.json'} holds another test; these figures: {path}")
         print(f"{count} {split} tasks (± 95% confidence):")

@@ -7,8 +7,9 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from metahpo.errors import CheckpointError, UsageError, shown
+from metahpo.errors import CheckpointError, DataError, UsageError, shown
 from metahpo.run_dirs import check_new, existing_run_dir, is_search, new_run_dir
+from metahpo.runs.files import read_json, write_json
 
 if TYPE_CHECKING:
     from metahpo.search_building import Search
@@ -99,8 +100,6 @@ def _resumed(options: argparse.Namespace) -> tuple[SearchConfig, Path]:
 
 def _write_config(config: SearchConfig, run_dir: Path, resumed: bool) -> None:
     """Writes the config and versions into the run directory; says where others may change figures."""
-    import json
-
     from metahpo.config_file import dump_config
     from metahpo.training.checkpoint import write_atomically
     from metahpo.training.environment import versions
@@ -118,20 +117,16 @@ def _write_config(config: SearchConfig, run_dir: Path, resumed: bool) -> None:
                 f"metahpo: begun with {name} {before}, now {now.get(name)}: figures may differ by rounding",
                 file=sys.stderr,
             )
-    write_atomically(path, json.dumps(now, indent=2).encode())
+    write_json(path, now)
 
 
 def _versions(path: Path) -> dict[str, str]:
     """Those that a search was begun with; raises CheckpointError if the file is damaged."""
-    import json
-
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
-    except ValueError:
-        found = None
-    if not isinstance(found, dict) or not all(isinstance(value, str) for value in found.values()):
+        found = read_json(path) or {}
+    except DataError as error:
+        raise CheckpointError(f"{error}; it is not what a search writes; remove it") from None
+    if not all(isinstance(value, str) for value in found.values()):
         raise CheckpointError(f"{path} is damaged: it is not what a search writes; remove it")
     return found
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 
 from metahpo.errors import UsageError
 from metahpo.run_dirs import check_new, existing_run_dir, new_run_dir
+from metahpo.runs.files import write_json
 from metahpo.runs.fingerprint import check_fingerprint, fingerprint, write_fingerprint
 from metahpo.runs.lock import holding_run
 
@@ -122,9 +122,7 @@ def _finish(run_dir: Path, tuner: Any, result: Any, data: Any) -> None:
     rows = tuner.compare(data["test"].x, data["test"].y)
     if "clean" in data and hasattr(result, "against"):
         rows["suspected, against the labels made wrong"] = result.against(data["train"].y != data["clean"].y)
-    write_atomically(
-        run_dir / "test.json", json.dumps({"examples": len(data["test"].x), "rows": rows}, indent=2).encode()
-    )
+    write_json(run_dir / "test.json", {"examples": len(data["test"].x), "rows": rows})
     for line in tuner.warnings:
         print(f"warning: {line}")
     print(f"{len(data['test'].x)} test examples:")

@@ -67,20 +67,25 @@ def start(run_dir: Path, settings: list[str]) -> BaseProcess:
     """A training, or the resumption of the one in ``run_dir``, in a process of its own."""
     begun = (run_dir / "config.yaml").exists()
     arguments = ["--resume", str(run_dir)] if begun else [str(CONFIG), *settings, f"run_dir={run_dir}"]
+    return launch(["train", *arguments], errors_of(run_dir))
+
+
+def launch(arguments: list[str], errors: Path) -> BaseProcess:
+    """A command of metahpo in a process of its own; what it says on stderr goes to the file ``errors``."""
     # Forks of a process that has imported what they need and computed nothing: a new interpreter takes seconds.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["torch._dynamo", "metahpo.building", "metahpo.report"])
-    process = context.Process(target=train, args=(arguments, errors_of(run_dir)))
+    process = context.Process(target=command, args=(arguments, errors))
     process.start()
     return process
 
 
-def train(arguments: list[str], errors: Path) -> None:
+def command(arguments: list[str], errors: Path) -> None:
     """What the process does."""
     with open(os.devnull, "w") as nowhere, open(errors, "w") as stderr:
         os.dup2(nowhere.fileno(), 1)
         os.dup2(stderr.fileno(), 2)
-    sys.exit(cli.main(["train", *arguments]))
+    sys.exit(cli.main(arguments))
 
 
 def errors_of(run_dir: Path) -> Path:

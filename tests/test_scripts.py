@@ -183,3 +183,11 @@ def test_learners_are_compared_and_a_run_that_is_there_is_not_run_again(tmp_path
     code, _, err = script("compare_learners", "--learner", "mamml")
     assert (code, err.count("\n")) == (2, 1)
     assert "--learner: no 'mamml'; known: anil," in err
+
+
+def test_a_sample_of_faults_is_held(tmp_path, script):
+    figures = tmp_path / "figures.json"
+    code, out, err = script("proofs.faults", "--quick", "--json", figures)
+    assert code == 0, out + err
+    rows = json.loads(figures.read_text())["rows"]
+    assert len(rows) > 10 and all(row["outcome"] in ("held", "skipped") for row in rows)

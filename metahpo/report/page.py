@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Mapping
@@ -20,6 +19,7 @@ from metahpo.report.example import CurveExample, Example, ImageExample, draw_exa
 from metahpo.report.paths import PathsExample
 from metahpo.report.pictures import save_picture, write_page
 from metahpo.report.rates import Rates, draw_rates, inner_rates, rates_table
+from metahpo.runs.files import read_json
 from metahpo.tasks.task import Task
 from metahpo.training.metrics import CsvLog, Row, best_epochs, judged_by
 
@@ -98,18 +98,6 @@ def _history(path: Path) -> list[Row]:
         if missing or ("val_accuracy" in row) != ("val_accuracy" in rows[0]):
             raise DataError(f"{path} is damaged: row {number} has no {missing[0] if missing else 'val_accuracy'}")
     return rows
-
-
-def read_json(path: Path) -> dict[str, Any] | None:
-    if not path.exists():
-        return None
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise DataError(f"{path} is damaged: {error}") from error
-    if not isinstance(content, dict):
-        raise DataError(f"{path} is damaged: expected an object, found {type(content).__name__}")
-    return content
 
 
 # The parts of the page.

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 
 from metahpo import yaml_text
 from metahpo.errors import DataError, one_line
-from metahpo.report.page import cell, config_block, duration, read_json, versions_table
+from metahpo.report.page import cell, config_block, duration, versions_table
 from metahpo.report.pictures import save_picture, write_page
 from metahpo.report.search_figures import (
     Words,
@@ -32,6 +32,7 @@ from metahpo.report.search_figures import (
 from metahpo.report.search_figures.looks import budget_of, counted, is_multi_fidelity
 from metahpo.report.search_figures.rungs import rungs_table
 from metahpo.report.search_figures.ticks import text
+from metahpo.runs.files import read_json
 from metahpo.searchers.base import Proposal
 from metahpo.searchers.records import TrialRecord
 from metahpo.searchers.store import sqlite_path

@@ -10,8 +10,9 @@ from matplotlib.figure import Figure
 
 from metahpo.errors import DataError, one_line
 from metahpo.picture import Picture
-from metahpo.report.page import config_block, read_json, versions_table
+from metahpo.report.page import config_block, versions_table
 from metahpo.report.pictures import save_picture, write_page
+from metahpo.runs.files import read_json
 from metahpo.training.metrics import CsvLog, Row
 
 

@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
+
+from metahpo.errors import DataError
 
 
 def write_atomically(path: Path, data: bytes) -> None:
@@ -33,6 +38,38 @@ def write_atomically(path: Path, data: bytes) -> None:
 def checksum(data: bytes) -> str:
     """The start of the content's SHA-256."""
     return hashlib.sha256(data).hexdigest()[:16]
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Writes an object with a checksum of its content in it, which ``read_json`` compares."""
+    whole = {**content, "checksum": _sum(content)}
+    write_atomically(path, json.dumps(whole, indent=2).encode())
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """The object that a file holds, without its checksum; None if there is no file.
+
+    A file without a checksum, as older versions wrote, is taken as it is.
+
+    Raises:
+        DataError: It is no JSON object, or is not as it was written.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path} is damaged: {error}") from error
+    if not isinstance(content, dict):
+        raise DataError(f"{path} is damaged: expected an object, found {type(content).__name__}")
+    written = content.pop("checksum", None)
+    if written not in (None, _sum(content)):
+        raise DataError(f"{path} is damaged: its checksum is not {_sum(content)}, its content's")
+    return content
+
+
+def _sum(content: Mapping[str, Any]) -> str:
+    return checksum(json.dumps(content, sort_keys=True).encode())
 
 
 def shown(path: str | Path) -> str:

@@ -9,8 +9,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from metahpo.errors import CheckpointError, ConfigError
-from metahpo.runs.files import checksum, shown, write_atomically
+from metahpo.errors import CheckpointError, ConfigError, DataError
+from metahpo.runs.files import checksum, read_json, shown, write_json
 
 FILE = "fingerprint.json"
 # These give the same numbers (to rounding), or are of the test alone; all others should stay as they are.
@@ -37,7 +37,7 @@ def fingerprint(config: Mapping[str, Any], versions: Mapping[str, str]) -> dict[
 
 
 def write_fingerprint(run_dir: Path, now: Mapping[str, Any]) -> None:
-    write_atomically(run_dir / FILE, json.dumps({**now, "checksum": _sum(now)}, indent=2).encode())
+    write_json(run_dir / FILE, now)
 
 
 def check_fingerprint(run_dir: Path, now: Mapping[str, Any]) -> None:
@@ -49,15 +49,13 @@ def check_fingerprint(run_dir: Path, now: Mapping[str, Any]) -> None:
     """
     path = run_dir / FILE
     try:
-        kept = json.loads(path.read_bytes())
-        given = kept.pop("checksum")
-        whole = given == _sum(kept)
-    except FileNotFoundError:
+        kept = read_json(path)
+    except DataError:
+        kept = {}
+    if kept is None:
         print(f"{shown(path)} is not there: whether config or code has changed since cannot be told", file=sys.stderr)
         return
-    except (ValueError, KeyError, AttributeError, TypeError):
-        whole = False
-    if not whole:
+    if not all(isinstance(kept.get(key), dict) for key in ("config", "code", "versions")):
         raise CheckpointError(f"{shown(path)} is damaged; remove it to go on without comparing config and code")
     lines = [
         f"{key}: config.yaml says {now['config'].get(key)!r:.80}, but the run began with "
@@ -87,7 +85,3 @@ def _modules(tree: Any) -> Iterator[tuple[str, Path]]:
         file = getattr(sys.modules.get(match[1]), "__file__", None)
         if file and Path(file).is_file():
             yield match[1], Path(file)
-
-
-def _sum(content: Mapping[str, Any]) -> str:
-    return checksum(json.dumps(content, sort_keys=True).encode())

@@ -132,7 +132,21 @@ def load_checkpoint(path: str | Path, content: Mapping[str, type] = TRAINING) ->
     for name, kind in content.items():
         if not (isinstance(state, dict) and isinstance(state.get(name), kind)):
             raise CheckpointError(f"{path} is not a metahpo checkpoint: it has no {name!r} ({kind.__name__})")
+    if "history" in content:
+        _check_history(state["history"], ("epoch", "val_loss") if "epoch" in content else (), path)
     return state
+
+
+def _check_history(history: list[Any], needed: tuple[str, ...], path: Path) -> None:
+    """Raises unless the rows are figures by name, with those that ``needed`` names."""
+    for number, row in enumerate(history, start=1):
+        if not isinstance(row, dict) or not set(needed) <= set(row):
+            raise CheckpointError(f"{path}: history: row {number} has no {' and '.join(needed) or 'figures'}")
+        for name, value in row.items():
+            if not (isinstance(name, str) and isinstance(value, (int, float))):
+                raise CheckpointError(
+                    f"{path}: history: row {number}: {name!r:.80} is {value!r:.80}, expected a number"
+                )
 
 
 def _check_entries(data: bytes, path: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from collections.abc import Callable
@@ -17,8 +16,9 @@ from metahpo.checks import check_callable, check_type, check_whole, shown
 from metahpo.errors import CheckpointError, ConfigArgumentError, NetArgumentError, NonFiniteError, one_line
 from metahpo.learners.base import MetaLearner
 from metahpo.learners.phase import Phase
+from metahpo.runs.files import write_json
 from metahpo.tasks.task import Task, TaskSource
-from metahpo.training.checkpoint import CheckpointStore, State, load_learner, write_atomically
+from metahpo.training.checkpoint import CheckpointStore, State, load_learner
 from metahpo.training.distributed import current
 from metahpo.training.engines import ENGINES, Auto, check_engine, check_gradient
 from metahpo.training.environment import intra_op_threads, progress, seeded, versions
@@ -131,7 +131,7 @@ class Trainer:
         if self.run_dir and self.updates < until:
             self.run_dir.mkdir(parents=True, exist_ok=True)
             content = {**versions(self.device), "ranks": str(self.ranks.size)}
-            write_atomically(self.run_dir / "versions.json", json.dumps(content, indent=2).encode())
+            write_json(self.run_dir / "versions.json", content)
         self.ranks.share_state(self.learner)
         with Interrupts() as interrupts:
             # One that was stopped while it validated has all its updates and no row.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -13,7 +12,8 @@ import torch
 
 from metahpo.errors import CheckpointError, ConfigError, NonFiniteError
 from metahpo.run_dirs import check_begun
-from metahpo.training.checkpoint import CheckpointStore, write_atomically
+from metahpo.runs.files import write_json
+from metahpo.training.checkpoint import CheckpointStore
 from metahpo.training.environment import versions
 from metahpo.training.interrupts import Interrupted, Interrupts
 from metahpo.training.metrics import CsvLog, Row
@@ -62,7 +62,7 @@ class TuningRun:
         """Makes the steps left, up to ``until`` in all. Ctrl-C or SIGTERM ends the current step, saves, and raises
         ``Interrupted``; a divergence keeps the checkpoints before it."""
         self.run_dir.mkdir(parents=True, exist_ok=True)
-        write_atomically(self.run_dir / "versions.json", json.dumps(versions(self.device), indent=2).encode())
+        write_json(self.run_dir / "versions.json", versions(self.device))
         started = time.perf_counter()
 
         def after(row: Row) -> None:
