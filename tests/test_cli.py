@@ -541,9 +541,16 @@ def test_a_checkpoint_that_no_longer_fits_is_refused(run, capsys):
     config = (run / "config.yaml").read_text()
     assert "- 8\n" in config
     (run / "config.yaml").write_text(config.replace("- 8\n", "- 9\n"))
-    for arguments in (["train", "--resume", "out"], ["evaluate", "out"], ["report", "out"]):
-        err = refused(capsys, *arguments)
-        assert "does not fit the learner: 'module.net.layers.1.weight' is (8, 1), expected (9, 1)" in err
+    err = refused(capsys, "train", "--resume", "out")
+    assert "does not fit the learner: 'module.net.layers.1.weight' is (8, 1), expected (9, 1)" in err
+
+
+@pytest.mark.parametrize("command", ["evaluate", "report"])
+def test_an_edited_config_is_neither_tested_nor_reported(run, capsys, command):
+    config = (run / "config.yaml").read_text()
+    assert "\n  seed: 0\n" in config
+    (run / "config.yaml").write_text(config.replace("\n  seed: 0\n", "\n  seed: 1\n"))
+    assert "seed: config.yaml says 1, but the run began with 0" in refused(capsys, command, "out")
 
 
 def test_resuming_with_other_settings_is_refused(run, capsys):
