@@ -40,7 +40,7 @@ def test_no_figure_changes_unnoticed(tmp_path):
 def test_what_is_no_object_is_named(tmp_path, text):
     path = tmp_path / "test.json"
     path.write_text(text)
-    with pytest.raises(DataError, match="test.json is damaged"):
+    with pytest.raises(DataError, match=r"test\.json is damaged"):
         read_json(path)
 
 
