@@ -272,6 +272,9 @@ def _report(options: argparse.Namespace) -> int:
         check_fingerprint(run_dir, _fingerprint(config))
         load_best(run_dir, learner)
         _write_report(run_dir, learner, tasks.task(0))
+        for name in ("test.json", "versions.json"):
+            if not (run_dir / name).exists():
+                print(f"{run_dir / name} is not there: left out of the report", file=sys.stderr)
     return 0
 
 

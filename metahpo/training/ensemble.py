@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from metahpo.errors import CheckpointError
+from metahpo.errors import CheckpointError, DataError
 from metahpo.functional.trees import join, map_tree, stack_trees
 from metahpo.learners.base import MetaLearner
 from metahpo.tasks.task import TaskSource
@@ -63,11 +63,25 @@ def best_states(run_dir: str | Path, count: int) -> list[tuple[Path, State]]:
     history = state["history"]
     if not history:
         raise CheckpointError(f"{run_dir} has no whole epoch yet")
-    CsvLog(Path(run_dir) / "metrics.csv").restore(history)
+    log = CsvLog(Path(run_dir) / "metrics.csv")
+    if not damaged:
+        _say_if_gone(log, newest, len(history))
+    log.restore(history)
     whole = dict(_whole(store, best_epochs(history, count)))
     if not whole:
         raise CheckpointError(f"{run_dir}: the checkpoints of its best epochs are all gone or damaged")
     return list(whole.items())
+
+
+def _say_if_gone(log: CsvLog, newest: Path, epochs: int) -> None:
+    """Says that the newest checkpoint is not the run's: an epoch is logged after its checkpoint is there."""
+    try:
+        logged = len(log.read())
+    except DataError:
+        return  # The log is said to be damaged when it is restored.
+    if logged > epochs:
+        gone = newest.with_name(f"epoch-{logged:04d}")
+        print(f"{gone} is gone: {log.path} has {logged} rows; going on from {newest.name}", file=sys.stderr)
 
 
 def _whole(store: CheckpointStore, epochs: list[int]) -> Iterator[tuple[Path, State]]:
