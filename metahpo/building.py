@@ -68,7 +68,7 @@ def resume_trainer(
         _check_settings(config.training, state["settings"], path)
         try:
             return Trainer.resume(run_dir, learner, tasks["train"], tasks["val"], config.training)
-        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
             raise CheckpointError(f"{path}: cannot go on from it: {brief(error)}") from error
 
 

@@ -132,6 +132,9 @@ def load_checkpoint(path: str | Path, content: Mapping[str, type] = TRAINING) ->
     for name, kind in content.items():
         if not (isinstance(state, dict) and isinstance(state.get(name), kind)):
             raise CheckpointError(f"{path} is not a metahpo checkpoint: it has no {name!r} ({kind.__name__})")
+    for name in ("epoch", "iteration"):
+        if name in content and state[name] < 0:
+            raise CheckpointError(f"{path}: {name}: found {state[name]}, expected at least 0")
     if "history" in content:
         _check_history(state["history"], ("epoch", "val_loss") if "epoch" in content else (), path)
     return state

@@ -52,7 +52,7 @@ class TuningRun:
                 )
         try:
             self.tuner.load_state_dict(state["tuner"])
-        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
             raise CheckpointError(f"{path}: cannot go on from it: {type(error).__name__}: {error}") from error
         self.tuner.iteration, self.tuner.history = state["iteration"], state["history"]
         self.tuner.warnings = dict.fromkeys(state["warnings"])
