@@ -292,6 +292,26 @@ def test_a_signal_saves_and_resuming_ends_in_the_same_checkpoint(here, start, mo
     assert final(here / "whole").startswith("epoch-0006.")
 
 
+@pytest.mark.parametrize("made_of_it", ["raise", "raise ImportError('interrupted')", "pass"])
+def test_ctrl_c_while_a_module_is_imported_ends_in_one_line(here, start, made_of_it):
+    (here / "slow.py").write_text(
+        "import os, signal, time\n"
+        "try:\n"
+        "    os.kill(os.getpid(), signal.SIGINT)\n"
+        "    time.sleep(60)\n"
+        f"except KeyboardInterrupt:\n    {made_of_it}\n"
+    )
+    child = start(
+        "import signal, sys\n"
+        "from metahpo.__main__ import main\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "sys.argv = ['metahpo', 'train', 'sines.yaml', 'net=slow:build', 'run_dir=never']\n"
+        "sys.exit(main())"
+    )
+    code, _, err = child.finished()
+    assert (code, err) == (130, "metahpo: stopped by SIGINT\n")
+
+
 def test_a_damaged_checkpoint_is_passed_over_and_said(run, finished_sines, capsys):
     newest = CheckpointStore(run / "checkpoints").list()[-1]
     newest.write_bytes(newest.read_bytes()[:-1])
