@@ -9,11 +9,10 @@ from __future__ import annotations
 import inspect
 import math
 import numbers
-import reprlib
 from collections.abc import Callable, Iterable
 from typing import Any, NoReturn
 
-from metahpo.errors import ArgumentError, did_you_mean, one_line
+from metahpo.errors import ArgumentError, did_you_mean, shown
 
 
 def check_whole(
@@ -222,21 +221,6 @@ def refuse(
         else (owner if isinstance(owner, type) else type(owner)).__name__
     )
     raise error(f"{whose}: {name} should be {expected}, found {shown(value)}")
-
-
-def shown(value: Any) -> str:
-    """A value in one short line for a message; large ones by their type alone."""
-    kind = type(value).__name__
-    if isinstance(value, (bool, int, float, complex, str, bytes, type(None))):
-        return one_line(reprlib.repr(value), 80)
-    if getattr(value, "shape", None) is not None:
-        numbered = plain(value)
-        return f"{numbered!r}" if numbered is not value else f"{kind} of shape {tuple(value.shape)}"
-    try:
-        text = one_line(reprlib.repr(value), 81)
-    except Exception:  # A foreign object's own repr.
-        text = ""
-    return text if text and len(text) <= 80 and not text.startswith("<") else f"{kind}"
 
 
 def _within(

@@ -77,8 +77,18 @@ def one_line(error: object, length: int = 300) -> str:
 
 
 def shown(value: object, length: int = 80) -> str:
-    """A value as a message shows it: in one line and cut, however large it is."""
-    text = " ".join(_brief.repr(value).split())
+    """A value as a message shows it: in one line and cut; tensors, arrays and other large things by their kind."""
+    kind = type(value).__name__
+    shape = getattr(value, "shape", None)
+    if shape is not None and shape != ():
+        return f"{kind} of shape {tuple(shape)}"
+    try:
+        item = value.item() if shape == () else value  # type: ignore[attr-defined]
+        text = " ".join(_brief.repr(item).split())
+    except Exception:  # A foreign object's own repr; a tensor without a value.
+        return kind
+    if text.startswith("<"):
+        return kind
     return text if len(text) <= length else f"{text[: length - 3]}..."
 
 

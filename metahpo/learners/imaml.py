@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from metahpo.checks import check_number, check_whole, shown
-from metahpo.errors import NetArgumentError
+from metahpo.checks import check_number, check_whole
+from metahpo.errors import NetArgumentError, shown
 from metahpo.functional import Params
 from metahpo.functional.levels import under_torch_func
 from metahpo.functional.trees import map_tree

@@ -11,8 +11,8 @@ from typing import Any, ClassVar
 
 from typing_extensions import Self
 
-from metahpo.checks import check_flag, plain, shown
-from metahpo.errors import SearchArgumentError
+from metahpo.checks import check_flag, plain
+from metahpo.errors import SearchArgumentError, shown
 
 # The setting exists only while each of these others has one of these values.
 Condition = Mapping[str, Any]

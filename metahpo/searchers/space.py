@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from metahpo.checks import check_type, check_whole, plain, refuse, shown
-from metahpo.errors import SearchArgumentError, SearchError, did_you_mean
+from metahpo.checks import check_type, check_whole, plain, refuse
+from metahpo.errors import SearchArgumentError, SearchError, did_you_mean, shown
 from metahpo.searchers.settings import Float, Setting, same, setting_of
 
 Settings = dict[str, Any]

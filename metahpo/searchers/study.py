@@ -11,8 +11,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-from metahpo.checks import check_callable, check_number, check_type, check_whole, refuse, shown
-from metahpo.errors import SearchArgumentError, SearchError
+from metahpo.checks import check_callable, check_number, check_type, check_whole, refuse
+from metahpo.errors import SearchArgumentError, SearchError, shown
 from metahpo.searchers.base import History, Observation, Proposal, Searcher
 from metahpo.searchers.coordinator import Coordinator
 from metahpo.searchers.executors.base import Executor, Objective, Result

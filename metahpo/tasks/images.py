@@ -13,8 +13,8 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
-from metahpo.checks import check_choice, check_type, check_whole, shown
-from metahpo.errors import DataArgumentError, DataError, one_line
+from metahpo.checks import check_choice, check_type, check_whole
+from metahpo.errors import DataArgumentError, DataError, one_line, shown
 from metahpo.tasks.copies import digest, refuse_same_file, warn_of_copies
 from metahpo.tasks.labelled import LabelledImages
 from metahpo.tasks.pixels import MODES, picture_pixels, resized, scale_of, several_frames

@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from metahpo.checks import check_choice, check_whole, refuse, shown
-from metahpo.errors import DataArgumentError
+from metahpo.checks import check_choice, check_whole, refuse
+from metahpo.errors import DataArgumentError, shown
 
 Count = int | tuple[int, int]  # A number, or a range of numbers, both ends in it.
 KINDS = ("linear", "step", "random")

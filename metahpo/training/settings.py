@@ -19,8 +19,8 @@ from pydantic import (
 from typing_extensions import Self
 
 from metahpo import torchrun
-from metahpo.checks import plain, shown
-from metahpo.errors import ConfigArgumentError, did_you_mean
+from metahpo.checks import plain
+from metahpo.errors import ConfigArgumentError, did_you_mean, shown
 
 # More would end the process: each takes memory, and the operating system has a limit.
 MOST_THREADS = 1024

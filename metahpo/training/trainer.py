@@ -12,8 +12,8 @@ from pathlib import Path
 
 import torch
 
-from metahpo.checks import check_callable, check_type, check_whole, shown
-from metahpo.errors import CheckpointError, ConfigArgumentError, NetArgumentError, NonFiniteError, one_line
+from metahpo.checks import check_callable, check_type, check_whole
+from metahpo.errors import CheckpointError, ConfigArgumentError, NetArgumentError, NonFiniteError, one_line, shown
 from metahpo.learners.base import MetaLearner
 from metahpo.learners.phase import Phase
 from metahpo.runs.files import write_json
