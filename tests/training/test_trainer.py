@@ -85,6 +85,33 @@ def test_one_step_is_torch_optim_on_the_mean_gradient():
     torch.testing.assert_close({n: p.detach() for n, p in run.learner.outer_params().items()}, before)
 
 
+class Turned(nn.Module):
+    """Features turned by complex weights."""
+
+    def __init__(self):
+        super().__init__()
+        self.turn = nn.Parameter(torch.tensor([0.5 + 0.2j, -0.3 + 0.4j, 0.1 - 0.6j, 0.7 + 0.1j]))
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.head((x * self.turn).real + (x * self.turn).imag.square())
+
+
+def test_complex_gradients_are_clamped_part_by_part():
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = MAML(Turned(), steps=1)
+    settings = {**QUICK, "optimizer": "SGD", "lr": 0.5, "epochs": 1, "iterations": 1, "engine": "loop"}
+    run = Trainer(model, Blobs(), Blobs(1), TrainingSettings(**settings, clip_value=0.01))
+    start = run.learner.module.net.turn.detach().clone()
+    losses = [run.learner.meta_loss(Blobs().task(i), run.learner.training_phase(0))[0] for i in range(3)]
+    (grad,) = torch.autograd.grad(sum(losses) / 3, run.learner.module.net.turn)
+    assert grad.real.abs().max() > 0.01
+    clamped = torch.complex(grad.real.clamp(-0.01, 0.01), grad.imag.clamp(-0.01, 0.01))
+    run.fit()
+    torch.testing.assert_close(run.learner.module.net.turn.detach(), start - 0.5 * clamped)
+
+
 def final(run: Trainer) -> str:
     """The name of the newest checkpoint, which holds the checksum of its bytes."""
     return run.store.list()[-1].name
