@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from metahpo.errors import CheckpointError, one_line
+from metahpo.errors import CheckpointError, one_line, shown
 from metahpo.runs.files import checksum, write_atomically
 
 State = dict[str, Any]
@@ -135,6 +135,10 @@ def load_checkpoint(path: str | Path, content: Mapping[str, type] = TRAINING) ->
     for name in ("epoch", "iteration"):
         if name in content and state[name] < 0:
             raise CheckpointError(f"{path}: {name}: found {state[name]}, expected at least 0")
+    if "partial" in content:
+        _check_partial(state["partial"], path)
+    if "warnings" in content and not all(isinstance(line, str) for line in state["warnings"]):
+        raise CheckpointError(f"{path}: warnings: found {shown(state['warnings'])}, expected lines of text")
     if "history" in content:
         _check_history(state["history"], ("epoch", "val_loss") if "epoch" in content else (), path)
     return state
@@ -150,6 +154,16 @@ def _check_history(history: list[Any], needed: tuple[str, ...], path: Path) -> N
                 raise CheckpointError(
                     f"{path}: history: row {number}: {name!r:.80} is {value!r:.80}, expected a number"
                 )
+
+
+def _check_partial(partial: State, path: Path) -> None:
+    """Raises unless these are a count of steps and sums by name."""
+    count, sums = partial.get("count", 0), partial.get("sums", {})
+    if type(count) is not int or count < 0 or not isinstance(sums, dict):
+        raise CheckpointError(f"{path}: partial: found {shown(partial)}, expected a count of steps and sums by name")
+    for name, value in sums.items():
+        if not (isinstance(name, str) and isinstance(value, (int, float))):
+            raise CheckpointError(f"{path}: partial: {shown(name)} is {shown(value)}, expected a number")
 
 
 def _check_entries(data: bytes, path: Path) -> None:

@@ -130,7 +130,16 @@ def refusal(code: int, err: str, run_dir: Path) -> Outcome:
 def differences(kind: Run, run_dir: Path, which: list[str] | None = None) -> list[str]:
     """The names of the figures that are not those of the undisturbed run, seconds aside."""
     found, expected = figures(run_dir), figures(kind.whole)
-    return [key for key in which or expected if found.get(key) != expected.get(key)]
+    others = [key for key in which or expected if found.get(key) != expected.get(key)]
+    return [f"{key}{first_difference(found.get(key), expected.get(key))}" for key in others]
+
+
+def first_difference(found: object, expected: object) -> str:
+    """Of two texts, the first line of the one that the other has not, in brackets."""
+    if not isinstance(found, str) or not isinstance(expected, str):
+        return ""
+    known = set(expected.splitlines())
+    return next((f" ({line:.150})" for line in found.splitlines() if line not in known), "")
 
 
 def figures(run_dir: Path) -> dict[str, object]:

@@ -6,6 +6,7 @@ import hashlib
 import io
 import os
 import re
+import zipfile
 
 import pytest
 import torch
@@ -81,6 +82,49 @@ def test_equal_states_have_equal_names_and_plain_torch_reads_them(tmp_path):
     read = torch.load(first, weights_only=True)
     assert read["epoch"] == 1
     assert torch.equal(read["learner"]["weight"], torch.ones(2, 3))
+
+
+ROW = {"epoch": 1, "val_loss": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"epoch": -1}, "epoch: found -1, expected at least 0"),
+        ({"iteration": -3}, "iteration: found -3, expected at least 0"),
+        ({"history": [ROW, 3]}, "history: row 2 has no epoch and val_loss"),
+        ({"history": [{"epoch": 1}]}, "history: row 1 has no epoch and val_loss"),
+        ({"history": [{**ROW, "lr": "high"}]}, "history: row 1: 'lr' is 'high', expected a number"),
+        ({"partial": {"count": None}}, "partial: found {'count': None}, expected a count of steps and sums by name"),
+        ({"partial": {"count": -1}}, "expected a count of steps"),
+        ({"partial": {"count": 1, "sums": [1]}}, "sums by name"),
+        ({"partial": {"count": 1, "sums": {"loss": "low"}}}, "partial: 'loss' is 'low', expected a number"),
+    ],
+)
+def test_wrong_content_under_a_right_checksum_is_named(tmp_path, change, says):
+    path = CheckpointStore(tmp_path).save({**state(), **change}, 1)
+    with pytest.raises(CheckpointError) as caught:
+        load_checkpoint(path)
+    assert str(caught.value).startswith(f"{path}: ")
+    assert says in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_tunings_warnings_are_lines(tmp_path):
+    store = CheckpointStore(tmp_path, {"warnings": list})
+    assert load_checkpoint(store.save({"warnings": ["a line"]}, 1), store.content) == {"warnings": ["a line"]}
+    with pytest.raises(CheckpointError, match=r"warnings: found \[\{\}\], expected lines of text"):
+        load_checkpoint(store.save({"warnings": [{}]}, 2), store.content)
+
+
+def test_compressed_entries_are_refused_before_they_are_unpacked(tmp_path):
+    plain = CheckpointStore(tmp_path).save(state(), 1)
+    packed = tmp_path / "packed.pt"
+    with zipfile.ZipFile(plain) as source, zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as target:
+        for name in source.namelist():
+            target.writestr(name, source.read(name))
+    with pytest.raises(CheckpointError, match=r"is compressed, expected what torch\.save writes; refused"):
+        load_checkpoint(packed)
 
 
 @pytest.mark.parametrize("damage", ["flip", "truncate", "empty"])
