@@ -21,7 +21,7 @@ import time
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
-from metahpo import cli
+from metahpo import __main__ as program
 from metahpo.training.checkpoint import CheckpointStore, position
 from metahpo.training.metrics import CsvLog
 
@@ -85,7 +85,8 @@ def command(arguments: list[str], errors: Path) -> None:
     with open(os.devnull, "w") as nowhere, open(errors, "w") as stderr:
         os.dup2(nowhere.fileno(), 1)
         os.dup2(stderr.fileno(), 2)
-    sys.exit(cli.main(arguments))
+    sys.argv = ["metahpo", *arguments]
+    sys.exit(program.main())
 
 
 def errors_of(run_dir: Path) -> Path:

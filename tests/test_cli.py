@@ -312,6 +312,24 @@ def test_ctrl_c_while_a_module_is_imported_ends_in_one_line(here, start, made_of
     assert (code, err) == (130, "metahpo: stopped by SIGINT\n")
 
 
+def test_ctrl_c_that_a_library_makes_another_error_of_is_told_all_the_same(here, start):
+    child = start(
+        "import os, signal, sys\n"
+        "from metahpo import cli\n"
+        "from metahpo.__main__ import main\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "def interrupted():\n"
+        "    try:\n"
+        "        os.kill(os.getpid(), signal.SIGINT)\n"
+        "    except KeyboardInterrupt as error:\n"
+        "        raise ValueError(f'while serialising: {error!r}')\n"
+        "cli.main = interrupted\n"
+        "sys.exit(main())"
+    )
+    code, _, err = child.finished()
+    assert (code, err) == (130, "metahpo: stopped by SIGINT\n")
+
+
 def test_a_damaged_checkpoint_is_passed_over_and_said(run, finished_sines, capsys):
     newest = CheckpointStore(run / "checkpoints").list()[-1]
     newest.write_bytes(newest.read_bytes()[:-1])

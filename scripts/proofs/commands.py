@@ -63,7 +63,7 @@ TRAINING = Run(
         *("net.hidden=[8]", "data.eval_queries=10", "learner.steps=1", "training.epochs=2"),
         *("training.iterations=3", "training.tasks=2", "training.val_tasks=3"),
         *("training.test_tasks=3", "training.keep_best=2", "training.engine=loop"),
-        *("training.device=cpu", "training.check_gradient=false"),
+        *("training.device=cpu", "training.threads=1", "training.check_gradient=false"),
     ],
     ["--until-epoch", "1"],
 )
