@@ -17,7 +17,7 @@ from metahpo.cli_search import add_search
 from metahpo.cli_tune import add_tune
 from metahpo.errors import DataError, MetaHPOError, NonFiniteError, RankError, UsageError, one_line
 from metahpo.run_dirs import check_new, existing_run_dir, is_search, new_run_dir, trained_run_dir
-from metahpo.runs.files import read_json, write_json
+from metahpo.runs.files import read_json, shown, with_short_paths, write_json
 from metahpo.runs.fingerprint import check_fingerprint, fingerprint, write_fingerprint
 from metahpo.runs.lock import holding_run
 
@@ -68,7 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _say(text: str, everywhere: bool) -> None:
     """Tells what stopped the program; everywhere: every rank of a run has it to say, so that one is enough."""
     for line in text.splitlines() if torchrun.rank() == 0 or not everywhere else ():
-        print(f"metahpo: {line}", file=sys.stderr, flush=True)
+        print(f"metahpo: {with_short_paths(line)}", file=sys.stderr, flush=True)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -178,7 +178,7 @@ def _train(options: argparse.Namespace) -> int:
 def _begun(options: argparse.Namespace, ranks: Any, held: ExitStack):
     """The config, run directory and trainer of a new run. Rank 0 alone reads the config and writes."""
     from metahpo.building import build
-    from metahpo.config_file import dump_config, load_config
+    from metahpo.config_file import dump_config, load_config, located
     from metahpo.training import Trainer
     from metahpo.training.checkpoint import write_atomically
 
@@ -192,42 +192,48 @@ def _begun(options: argparse.Namespace, ranks: Any, held: ExitStack):
         run_dir = config.run_dir or new_run_dir(Path(options.config))
         held.enter_context(holding_run(run_dir))
         check_new(run_dir)  # Another process may have begun one since.
-        write_atomically(run_dir / "config.yaml", dump_config(config).encode())
+        write_atomically(run_dir / "config.yaml", dump_config(written).encode())
         write_fingerprint(run_dir, _fingerprint(config))
         return run_dir
 
-    config = ranks.on_first(read)
+    written = ranks.on_first(read)
+    config = located(written)
     tasks, learner = build(config)
     run_dir = ranks.on_first(make)
     trainer = Trainer(learner, tasks["train"], tasks["val"], config.training, run_dir)
     if ranks.first:
         count = sum(p.numel() for p in trainer.learner.outer_params().values())
         where = f"{trainer.device}, {ranks.size} ranks" if ranks.size > 1 else trainer.device
-        print(f"{options.config}: {count:,} meta-parameters on {where}, run directory {run_dir}", flush=True)
+        print(f"{options.config}: {count:,} meta-parameters on {where}, run directory {shown(run_dir)}", flush=True)
     return config, run_dir, trainer
 
 
 def _resumed(options: argparse.Namespace, ranks: Any, held: ExitStack):
     """The config, run directory and trainer of the run to go on with."""
     from metahpo.building import resume_trainer
-    from metahpo.config_file import load_config
 
-    run_dir = Path(options.resume)
-
-    def read():
-        path = trained_run_dir(options.resume)
-        held.enter_context(holding_run(path))
-        return load_config(path / "config.yaml")
-
-    config = ranks.on_first(read)
+    config, run_dir = _kept(options.resume, ranks, held)
     trainer = resume_trainer(config, run_dir)
     ranks.on_first(lambda: check_fingerprint(run_dir, _fingerprint(config)))
     if ranks.first:
         if trainer.epoch < config.training.epochs:
-            print(f"resuming {run_dir} at epoch {trainer.epoch + 1}, iteration {trainer.iteration + 1}", flush=True)
+            where = f"at epoch {trainer.epoch + 1}, iteration {trainer.iteration + 1}"
+            print(f"resuming {shown(run_dir)} {where}", flush=True)
         else:
-            print(f"{run_dir} is trained: all {trainer.epoch} epochs are done")
+            print(f"{shown(run_dir)} is trained: all {trainer.epoch} epochs are done")
     return config, run_dir, trainer
+
+
+def _kept(name: str, ranks: Any, held: ExitStack):
+    """The config and the folder of the training in the run directory ``name``, held from now on."""
+    from metahpo.config_file import load_config, located
+
+    def read():
+        run_dir = trained_run_dir(name)
+        held.enter_context(holding_run(run_dir))
+        return located(load_config(run_dir / "config.yaml")), run_dir
+
+    return ranks.on_first(read)
 
 
 def _fingerprint(config: Any) -> dict[str, Any]:
@@ -241,40 +247,33 @@ def _nothing(*args: Any, **kwargs: Any) -> None:
 
 
 def _evaluate(options: argparse.Namespace) -> int:
-    from metahpo.config_file import load_config
     from metahpo.training.distributed import process_group
 
     with ExitStack() as held, process_group() as ranks:
-        run_dir = Path(options.run_dir)
-
-        def read():
-            held.enter_context(holding_run(trained_run_dir(options.run_dir)))
-            return load_config(run_dir / "config.yaml")
-
-        config = ranks.on_first(read)
+        config, run_dir = _kept(options.run_dir, ranks, held)
         _test(config, run_dir, options.split, options.tasks or config.training.test_tasks, ranks, keep=True)
     return 0
 
 
 def _report(options: argparse.Namespace) -> int:
     from metahpo.building import build_for
-    from metahpo.config_file import load_config
+    from metahpo.config_file import load_config, located
     from metahpo.training.ensemble import load_best
 
     if is_search(existing_run_dir(options.run_dir)):
         from metahpo.cli_search import report_search
 
-        return report_search(Path(options.run_dir))
+        return report_search(existing_run_dir(options.run_dir))
     run_dir = trained_run_dir(options.run_dir)
     with holding_run(run_dir):
-        config = load_config(run_dir / "config.yaml")
+        config = located(load_config(run_dir / "config.yaml"))
         tasks, learner = build_for(config, "test")
         check_fingerprint(run_dir, _fingerprint(config))
         load_best(run_dir, learner)
         _write_report(run_dir, learner, tasks.task(0))
         for name in ("test.json", "versions.json"):
             if not (run_dir / name).exists():
-                print(f"{run_dir / name} is not there: left out of the report", file=sys.stderr)
+                print(f"{shown(run_dir / name)} is not there: left out of the report", file=sys.stderr)
     return 0
 
 
@@ -308,7 +307,7 @@ def _test(config: Any, run_dir: Path, split: str, count: int, ranks: Any, keep: 
         path = _free(run_dir, split, count, result) if keep else run_dir / f"{split}.json"
         write_json(path, result)
         if path.stem != split:
-            print(f"{run_dir / f'{split}.json'} holds another test; these figures: {path}")
+            print(f"{shown(run_dir / f'{split}.json')} holds another test; these figures: {shown(path)}")
         print(f"{count} {split} tasks (± 95% confidence):")
         for name, row in rows.items():
             print(f"  {name:14} {_result(row)}")
@@ -318,7 +317,7 @@ def _test(config: Any, run_dir: Path, split: str, count: int, ranks: Any, keep: 
 def _write_report(run_dir: Path, learner: Any, example: Any) -> None:
     from metahpo.report import write_report
 
-    print(f"report: {write_report(run_dir, learner.cpu(), example.to('cpu'))}")
+    print(f"report: {shown(write_report(run_dir, learner.cpu(), example.to('cpu')))}")
 
 
 def _epoch_line(row: dict[str, float], epochs: int) -> str:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from metahpo.errors import CheckpointError, DataError, UsageError, shown
 from metahpo.run_dirs import check_new, existing_run_dir, is_search, new_run_dir
+from metahpo.runs import files
 from metahpo.runs.files import read_json, write_json
 
 if TYPE_CHECKING:
@@ -57,8 +58,9 @@ def _search(options: argparse.Namespace) -> int:
         print(describe_search_keys())
         return 0
     config, run_dir = _resumed(options) if options.resume else _begun(options)
+    run_dir = run_dir and run_dir.absolute()  # The objective may change the working directory.
     executor = make_executor(config.search)
-    search = build_search(config, f"{run_dir}/config.yaml" if options.resume else options.config)
+    search = build_search(config, str(run_dir / "config.yaml") if run_dir and options.resume else options.config)
     run_dir = run_dir or new_run_dir(Path(options.config))
     # The study first, which one process alone holds: a command that is refused changes nothing.
     with search.study(run_dir) as study:
@@ -158,5 +160,5 @@ def report_search(run_dir: Path) -> int:
     search = load_search(run_dir / "config.yaml").search
     storage = search.storage or run_dir / "study.db"
     with Study.open(storage, name=search.name) as study:
-        print(f"report: {write_search_report(run_dir, study)}")
+        print(f"report: {files.shown(write_search_report(run_dir, study))}")
     return 0

@@ -10,7 +10,7 @@ from typing import Any
 
 from metahpo.errors import UsageError
 from metahpo.run_dirs import check_new, existing_run_dir, new_run_dir
-from metahpo.runs.files import write_json
+from metahpo.runs.files import shown, write_json
 from metahpo.runs.fingerprint import check_fingerprint, fingerprint, write_fingerprint
 from metahpo.runs.lock import holding_run
 
@@ -51,7 +51,7 @@ def add_tune(commands: Any, positive: Callable[[str], int]) -> None:
 
 def _tune(options: argparse.Namespace) -> int:
     # Imported here, so that --help and usage errors answer at once.
-    from metahpo.config_file import describe_keys, dump_config, load_config
+    from metahpo.config_file import describe_keys, dump_config, load_config, located
     from metahpo.training.checkpoint import write_atomically
     from metahpo.training.environment import versions
     from metahpo.training.settings import device_of
@@ -72,7 +72,8 @@ def _tune(options: argparse.Namespace) -> int:
         run_dir = existing_run_dir(options.resume) if options.resume else None
         if run_dir:
             held.enter_context(holding_run(run_dir))
-        config = load_config(run_dir / "config.yaml" if run_dir else options.config, options.overrides, schema)
+        written = load_config(run_dir / "config.yaml" if run_dir else options.config, options.overrides, schema)
+        config = located(written)
         if run_dir is None and config.run_dir:
             check_new(config.run_dir)
         tuner, data = build_tuner(options.kind, config)
@@ -80,19 +81,19 @@ def _tune(options: argparse.Namespace) -> int:
             run_dir = config.run_dir or new_run_dir(Path(options.config))
             held.enter_context(holding_run(run_dir))
             check_new(run_dir)  # Another process may have begun one since.
-            write_atomically(run_dir / "config.yaml", dump_config(config).encode())
+            write_atomically(run_dir / "config.yaml", dump_config(written).encode())
             write_fingerprint(run_dir, fingerprint(config.model_dump(mode="json"), versions(device_of(config.device))))
         device = device_of(config.device)
-        run = TuningRun(tuner, run_dir, _settings(config), device)
+        run = TuningRun(tuner, run_dir, _settings(written), device)
         if options.resume:
             run.resume()
             check_fingerprint(run_dir, fingerprint(config.model_dump(mode="json"), versions(device)))
             done = tuner.iteration >= tuner.iterations
             where = f"all {tuner.iteration} outer steps are done" if done else f"at outer step {tuner.iteration + 1}"
-            print(f"resuming {run_dir}: {where}", flush=True)
+            print(f"resuming {shown(run_dir)}: {where}", flush=True)
         else:
             total = f"{tuner.iterations} outer steps on {device}"
-            print(f"{options.config}: {tuner.title}, {total}, run directory {run_dir}")
+            print(f"{options.config}: {tuner.title}, {total}, run directory {shown(run_dir)}")
         result = run.fit(options.until, lambda row: print(_line(row, tuner.iterations), flush=True))
         _finish(run_dir, tuner, result, data)
     return 0
@@ -128,7 +129,7 @@ def _finish(run_dir: Path, tuner: Any, result: Any, data: Any) -> None:
     print(f"{len(data['test'].x)} test examples:")
     for name, row in rows.items():
         print(f"  {name:40} {', '.join(f'{key} {_figure(key, value)}' for key, value in row.items())}")
-    print(f"report: {write_tuning_report(run_dir, result, tuner.title)}")
+    print(f"report: {shown(write_tuning_report(run_dir, result, tuner.title))}")
 
 
 def _line(row: dict[str, float], total: int) -> str:

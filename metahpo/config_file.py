@@ -8,17 +8,19 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from inspect import isclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, TypeVar, get_args
 
 from pydantic import BaseModel, ValidationError
 
 from metahpo import yaml_text
 from metahpo.config import NAME_KEY, RUN, Schema
+from metahpo.config_data import DatasetSettings
 from metahpo.errors import ConfigError, did_you_mean, shown
 from metahpo.training.settings import Settings
 
 # Of an error's message: characters of a line, and lines.
 _LONGEST, _MOST = 1000, 30
+AnySettings = TypeVar("AnySettings", bound=Settings)
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = (), schema: Schema = RUN) -> Any:
@@ -71,6 +73,26 @@ def validate(tree: Mapping[str, Any], where: str, schema: Schema = RUN) -> Any:
 def dump_config(config: Settings) -> str:
     """The config as YAML with every setting spelt out; ``load_config`` of it gives the same config."""
     return yaml_text.dump(config.model_dump(mode="json"))
+
+
+def located(settings: AnySettings, folder: Path | None = None) -> AnySettings:
+    """The settings with every path absolute, for the user's code may change the working directory.
+
+    folder: where relative paths begin (default: the working directory).
+    """
+    folder = folder or Path.cwd()
+    changes: dict[str, Any] = {}
+    for name in type(settings).model_fields:
+        value = getattr(settings, name)
+        if isinstance(value, Settings):
+            changes[name] = located(value, folder)
+        elif isinstance(value, Path):
+            changes[name] = folder / value
+    # What torchvision's data sets call the folder of their files; the arguments of your own function are your own.
+    of_torchvision = isinstance(settings, DatasetSettings) and ":" not in settings.dataset
+    if of_torchvision and isinstance(root := settings.args.get("root"), str):
+        changes["args"] = {**settings.args, "root": str(folder / root)}
+    return settings.model_copy(update=changes)
 
 
 def describe_keys(schema: Schema = RUN) -> str:

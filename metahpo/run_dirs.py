@@ -34,7 +34,8 @@ def check_begun(run_dir: Path) -> None:
 
 
 def existing_run_dir(name: str) -> Path:
-    path = Path(name)
+    """Its absolute path: the user's code may change the working directory."""
+    path = Path(name).absolute()
     if not (path / "config.yaml").exists():
         raise CheckpointError(f"{name} is not a run directory: it has no config.yaml")
     return path
@@ -53,7 +54,7 @@ def trained_run_dir(name: str) -> Path:
     if is_search(path):
         raise UsageError(
             f"{name} is the run of a search; metahpo search --resume {name} goes on with it, "
-            f"and metahpo train {path / 'best.yaml'} trains its best"
+            f"and metahpo train {Path(name) / 'best.yaml'} trains its best"
         )
     return path
 
@@ -65,7 +66,7 @@ def _has_section(run_dir: Path, section: str) -> bool:
 
 def new_run_dir(config: Path) -> Path:
     """Makes runs/CONFIG/DATE-TIME, or with a number after it where another run was as fast."""
-    base = Path("runs") / config.parent.name / config.stem / time.strftime("%Y-%m-%d-%H%M%S")
+    base = Path("runs").absolute() / config.parent.name / config.stem / time.strftime("%Y-%m-%d-%H%M%S")
     for number in itertools.count(1):
         path = base if number == 1 else base.with_name(f"{base.name}-{number}")
         try:

@@ -13,6 +13,7 @@ from tqdm import tqdm
 from metahpo import yaml_text
 from metahpo.config_file import dump_config
 from metahpo.errors import one_line
+from metahpo.runs.files import shown
 from metahpo.searchers.records import TrialRecord
 from metahpo.searchers.study import Study
 from metahpo.training.checkpoint import write_atomically
@@ -38,7 +39,7 @@ class SearchLog:
         before = f", {ended} ended before" if self.study.trials else ""
         print(
             f"{type(self.search.searcher).__name__} over {len(self.search.space)} settings, {much or 'all of them'}"
-            f"{before}, {workers} worker{'s' if workers > 1 else ''}, run directory {self.run_dir}",
+            f"{before}, {workers} worker{'s' if workers > 1 else ''}, run directory {shown(self.run_dir)}",
             flush=True,
         )
         # The search may have been killed after a trial's end and before its file.
@@ -71,12 +72,13 @@ class SearchLog:
         best = self.study.best
         if best is not None:
             print(f"best: trial {best.number}, {self._scores(best)}; {self._settings(best)}")
-            what = f"; train it: metahpo train {self.run_dir / 'best.yaml'}" if self.search.training else ""
-            print(f"settings: {self.run_dir / 'best.yaml'}{what}")
+            what = f"; train it: metahpo train {shown(self.run_dir / 'best.yaml')}" if self.search.training else ""
+            print(f"settings: {shown(self.run_dir / 'best.yaml')}{what}")
         if len(self.search.directions) > 1:
-            print(f"front: {len(self.study.front)} trials that none other beats in all, {self.run_dir / 'front.csv'}")
+            where = shown(self.run_dir / "front.csv")
+            print(f"front: {len(self.study.front)} trials that none other beats in all, {where}")
         if records:
-            print(f"report: {write_search_report(self.run_dir, self.study)}")
+            print(f"report: {shown(write_search_report(self.run_dir, self.study))}")
 
     def _scores(self, record: TrialRecord) -> str:
         return ", ".join(f"{name} {score:.5g}" for name, score in zip(self.search.names, record.scores or ()))

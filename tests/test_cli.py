@@ -510,7 +510,7 @@ def test_own_code_that_cannot_serve_is_refused_with_its_place(here, capsys, over
     err = refused(capsys, "train", "glyphs.yaml", override)
     assert expected in err
     if "failed: ValueError" in err:
-        assert f"{here / 'own_code.py'}:{OWN.splitlines().index('def raises():') + 2}" in err
+        assert f"(own_code.py:{OWN.splitlines().index('def raises():') + 2}" in err
 
 
 def test_a_learner_with_nothing_to_learn_is_refused(here, capsys):

@@ -79,3 +79,11 @@ def shown(path: str | Path) -> str:
     except (ValueError, OSError):
         return str(path)
     return str(inside)
+
+
+def with_short_paths(text: str) -> str:
+    """The text with the paths in the working directory as a user would type them."""
+    try:
+        return text.replace(f"{Path.cwd()}{os.sep}", "")
+    except OSError:  # It has been removed.
+        return text

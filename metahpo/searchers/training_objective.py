@@ -15,7 +15,7 @@ import numpy as np
 from metahpo.building_data import load_images
 from metahpo.config import RunConfig
 from metahpo.config_episodes import EpisodeSettings
-from metahpo.config_file import load_config, validate
+from metahpo.config_file import load_config, located, validate
 from metahpo.errors import SearchError, did_you_mean
 from metahpo.searchers.outcome import Outcome
 from metahpo.searchers.rate_gradient import rate_gradient
@@ -65,6 +65,8 @@ class TrainingObjective:
         gradients: bool = False,
     ):
         self.tree, self.fidelity = run_tree(config), fidelity
+        # Where relative paths begin, in whatever working directory a trial runs.
+        self._here = Path.cwd()
         self.objectives: tuple[str, ...] = (objectives,) if isinstance(objectives, str) else tuple(objectives)
         self.seeds, self.folds, self.gradients = seeds, folds, gradients
         if fidelity not in get_args(Fidelity):
@@ -197,7 +199,7 @@ class TrainingObjective:
                 what = "folds" if self.folds is not None else "fidelity data"
                 raise SearchError(f"{what}: needs images with classes; data.source {config.data.source!r} has none")
             return None
-        images = _loaded(type(config.data), config.data.model_dump_json())
+        images = _loaded(type(config.data), located(config.data, self._here).model_dump_json())
         train, val = (tuple(images.splits[split]) for split in ("train", "val"))
         if self.folds is not None:
             mixed = _mixed((*train, *val), config.training.seed)
