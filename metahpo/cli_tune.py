@@ -27,7 +27,7 @@ Overrides change any key of the config:
   metahpo tune {kind} configs/digits/{kind}.yaml tune.iterations=20 net=my_module:build
 
 The run directory (default: runs/CONFIG/DATE-TIME) holds config.yaml, versions.json, metrics.csv, checkpoints/,
-result.pt (read by torch.load(file, weights_only=True)), test.json and report/report.md; clean adds
+result.pt (read by metahpo.tuning.load_result(file)), test.json and report/report.md; clean adds
 suspects.csv. Ctrl-C or SIGTERM ends the current step, saves, and exits with 130 or 143; --resume
 goes on from there, or after a crash."""
 
@@ -107,16 +107,10 @@ def _settings(config: Any) -> dict[str, Any]:
 
 def _finish(run_dir: Path, tuner: Any, result: Any, data: Any) -> None:
     """Tests the outcome and writes it down: result.pt, test.json, the report."""
-    import io
-
-    import torch
-
     from metahpo.report.tuning import write_tuning_report
-    from metahpo.training.checkpoint import write_atomically
+    from metahpo.tuning.run import save_result
 
-    buffer = io.BytesIO()
-    torch.save(result.tensors(), buffer)
-    write_atomically(run_dir / "result.pt", buffer.getvalue())
+    save_result(run_dir / "result.pt", result)
     if hasattr(result, "suspects"):
         result.suspects.to_csv(run_dir / "suspects.csv")
         print(f"{result.verdict}; suspects.csv lists {len(result.suspects)}")

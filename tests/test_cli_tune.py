@@ -6,12 +6,12 @@ import json
 from pathlib import Path
 
 import pytest
-import torch
 import yaml
 
 from metahpo.cli import main
 from metahpo.config_file import dump_config, load_config
 from metahpo.tune_config import SCHEMAS
+from metahpo.tuning import load_result
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs" / "digits"
 # What makes each kind's run a matter of a second.
@@ -36,7 +36,7 @@ def test_a_stopped_run_goes_on_to_the_same_end(kind, tmp_path, capsys):
     assert run(kind, config, *settings, f"run_dir={folders[1]}", "--until", "1") == 0
     assert run(kind, "--resume", str(folders[1])) == 0
     assert f"resuming {folders[1]}: at outer step 2" in capsys.readouterr().out
-    whole, parts = (torch.load(folder / "result.pt", weights_only=True) for folder in folders)
+    whole, parts = (load_result(folder / "result.pt") for folder in folders)
     assert str(whole) == str(parts)
     newest = [sorted((folder / "checkpoints").glob("*.pt"))[-1].name for folder in folders]
     assert newest[0] == newest[1], "the name carries the content's checksum"
@@ -125,7 +125,7 @@ def test_data_and_net_of_the_users_own(tmp_path, monkeypatch, capsys):
     own = ["data={source: mine_for_tune:data}", "net={name: mine_for_tune:net}", "device=cpu"]
     settings = [*(s for s in QUICK["rates"] if not s.startswith("net")), *own]
     assert run("rates", config, *settings, f"run_dir={tmp_path / 'run'}") == 0
-    assert set(torch.load(tmp_path / "run" / "result.pt", weights_only=True)["groups"]) == {"(net)"}
+    assert set(load_result(tmp_path / "run" / "result.pt")["groups"]) == {"(net)"}
     capsys.readouterr()
     assert run("rates", config, *settings, "data.args={parts: [train, val]}") == 2
     assert "gave ['train', 'val'], expected a dict of train, val and test" in capsys.readouterr().err

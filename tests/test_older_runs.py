@@ -1,7 +1,7 @@
 """Runs that an older metahpo left (0.1.0, commit 73d7ffc) go on, are tested and reported.
 
-tests/fixtures/runs.tar.xz holds a training of MAML++ stopped after 2 of 4 epochs, a tuning of rates stopped after 2 of 3
-outer steps, with the module of its data, and a finished search of 3 trials, without their pictures.
+tests/fixtures/runs.tar.xz holds a training of MAML++ stopped after 2 of 4 epochs, a tuning of rates stopped after 2 of
+3 outer steps, with the module of its data, and a finished search of 3 trials, without their pictures.
 """
 
 from __future__ import annotations

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import shutil
@@ -16,7 +15,8 @@ import torch
 from metahpo.building import build, resume_trainer
 from metahpo.config import RunConfig
 from metahpo.config_file import dump_config, load_config
-from metahpo.errors import CheckpointError, ConfigError, SearchError
+from metahpo.errors import CheckpointError, ConfigError, DataError, SearchError
+from metahpo.runs.files import read_json, write_json
 from metahpo.tasks import LabelledImages
 from metahpo.training.checkpoint import CheckpointStore, load_checkpoint, load_learner, position, write_atomically
 from metahpo.training.metrics import Row, best_epochs
@@ -73,7 +73,7 @@ class TrialRun:
 
         def note() -> None:
             self._state["seconds"] = before + time.perf_counter() - start
-            write_atomically(self.run_dir / "trial.json", json.dumps(self._state).encode())
+            write_json(self.run_dir / "trial.json", self._state)
 
         def after(row: Row) -> None:
             note()
@@ -138,7 +138,7 @@ def _go_on_from(parent: Path, run_dir: Path) -> None:
     where = str(newest.relative_to(parent.parents[1]))
     state = _read(parent / "trial.json")
     state["resumed_from"] = {"checkpoint": where, "epoch": epoch, "iteration": iteration}
-    write_atomically(temporary / "trial.json", json.dumps(state).encode())
+    write_json(temporary / "trial.json", state)
     os.rename(temporary, run_dir)
 
 
@@ -152,13 +152,11 @@ def _link(source: Path, target: Path) -> None:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        state = json.loads(path.read_text(encoding="utf-8"))
-        if isinstance(state, dict) and _number(state.get("seconds", 0.0)) and _start(state.get("resumed_from")):
-            return state
-    except FileNotFoundError:
-        return {}
-    except ValueError:
-        pass
+        state = read_json(path) or {}
+    except DataError as error:
+        raise CheckpointError(f"{error}; remove the trial's folder") from None
+    if _number(state.get("seconds", 0.0)) and _start(state.get("resumed_from")):
+        return state
     raise CheckpointError(f"{path} is damaged: it is not what a trial writes; remove the trial's folder")
 
 

@@ -118,8 +118,6 @@ def load_checkpoint(path: str | Path, content: Mapping[str, type] = TRAINING) ->
         raise DamagedCheckpoint(
             f"checkpoint {path} is damaged: its checksum is {checksum(data)}, its name says {match[3]}"
         )
-    if not zipfile.is_zipfile(io.BytesIO(data)):
-        raise DamagedCheckpoint(f"checkpoint {path} is damaged: it is not a file of torch.save")
     _check_entries(data, path)
     try:
         state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
@@ -172,7 +170,9 @@ def _check_entries(data: bytes, path: Path) -> None:
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
             parts = archive.infolist()
     except (zipfile.BadZipFile, ValueError, OSError, NotImplementedError, RuntimeError) as error:
-        raise DamagedCheckpoint(f"checkpoint {path} is damaged: {one_line(error)}") from None
+        raise DamagedCheckpoint(
+            f"checkpoint {path} is damaged: it is not a file of torch.save ({one_line(error)})"
+        ) from None
     packed = [part.filename for part in parts if part.compress_type != zipfile.ZIP_STORED]
     if packed or sum(part.file_size for part in parts) > len(data):
         which = f"{packed[0]!r} is compressed" if packed else "its parts are larger than itself"

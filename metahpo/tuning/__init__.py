@@ -14,4 +14,5 @@ from metahpo.tuning.distillation_settings import DistillationSettings as Distill
 from metahpo.tuning.distilled import Distilled as Distilled
 from metahpo.tuning.initial import reinitialised as reinitialised
 from metahpo.tuning.rates import tune_rates as tune_rates
+from metahpo.tuning.run import load_result as load_result
 from metahpo.tuning.schedule import Rates as Rates

@@ -1,7 +1,9 @@
-"""A tuning that is kept in a folder and goes on after a stop."""
+"""A tuning that is kept in a folder and goes on after a stop, and its result's file."""
 
 from __future__ import annotations
 
+import hashlib
+import io
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -12,8 +14,8 @@ import torch
 
 from metahpo.errors import CheckpointError, ConfigError, NonFiniteError
 from metahpo.run_dirs import check_begun
-from metahpo.runs.files import write_json
-from metahpo.training.checkpoint import CheckpointStore
+from metahpo.runs.files import write_atomically, write_json
+from metahpo.training.checkpoint import CheckpointStore, DamagedCheckpoint, load_checkpoint
 from metahpo.training.environment import versions
 from metahpo.training.interrupts import Interrupted, Interrupts
 from metahpo.training.metrics import CsvLog, Row
@@ -101,3 +103,52 @@ class TuningRun:
         self.store.save(state, self.tuner.iteration)
         CsvLog(self.run_dir / "metrics.csv").write(rows)
         self._saved = time.monotonic()
+
+
+def save_result(path: Path, result: Result) -> None:
+    """Writes what a tuning found, with a checksum of the content in it, which ``load_result`` compares."""
+    content = result.tensors()
+    buffer = io.BytesIO()
+    torch.save({**content, "checksum": content_sum(content)}, buffer)
+    write_atomically(path, buffer.getvalue())
+
+
+def load_result(path: str | Path) -> dict[str, Any]:
+    """What a tuning found, from its run's result.pt: the ``tensors()`` of its result, without the checksum.
+
+    A file without a checksum, as older versions wrote, is taken as it is.
+
+    Raises:
+        CheckpointError: The file cannot be read, is not as it was written, or holds code.
+    """
+    content = load_checkpoint(path, {})
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} is not the result of a tuning: it holds {type(content).__name__}")
+    written = content.pop("checksum", None)
+    if written not in (None, content_sum(content)):
+        raise DamagedCheckpoint(f"{path} is damaged: its checksum is not {content_sum(content)}, its content's")
+    return content
+
+
+def content_sum(tree: Any) -> str:
+    """The start of the SHA-256 of a tree of tensors and plain values."""
+    digest = hashlib.sha256()
+
+    def add(value: Any) -> None:
+        if isinstance(value, torch.Tensor):
+            digest.update(f"{value.dtype} {tuple(value.shape)} ".encode())
+            digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+        elif isinstance(value, Mapping):
+            digest.update(f"{len(value)} entries ".encode())
+            for key, inner in value.items():
+                add(key)
+                add(inner)
+        elif isinstance(value, (list, tuple)):
+            digest.update(f"{len(value)} values ".encode())
+            for inner in value:
+                add(inner)
+        else:
+            digest.update(f"{value!r} ".encode())
+
+    add(tree)
+    return digest.hexdigest()[:16]

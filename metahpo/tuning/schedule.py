@@ -136,7 +136,7 @@ class Rates:
 
     @classmethod
     def of(cls, tensors: Mapping[str, Any]) -> Rates:
-        """The rates from what ``tensors()`` gave (a run's result.pt)."""
+        """The rates from what ``tensors()`` gave (a run's result.pt, by ``load_result``)."""
         return cls(**{name: tensors[name] for name in ("rule", "groups", "steps", "values")})
 
 
