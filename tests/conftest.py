@@ -36,6 +36,14 @@ def _seeded():
     torch.manual_seed(0)
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _no_waiting_for_the_disk():
+    """What is written need not survive a fall of power; to sync each file is a good part of a small run's time."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda descriptor: None)
+        yield
+
+
 @dataclass
 class Child:
     """A process at work, and the files that take what it prints."""

@@ -73,7 +73,16 @@ def checked(options):
     return [check for check in LEARNER_CHECKS if check is not gradient_is_right or options.get("exact", True)]
 
 
-@pytest.mark.filterwarnings("error")
+@pytest.fixture
+def strict():
+    """Any warning but a deprecation is an error."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warnings.filterwarnings("ignore", category=DeprecationWarning)
+        yield
+
+
+@pytest.mark.usefixtures("strict")
 @pytest.mark.parametrize(
     ("name", "check"),
     [(name, check) for name, (_, options) in CASES.items() for check in checked(options)],
@@ -81,9 +90,20 @@ def checked(options):
 )
 def test_every_learner_conforms(name, check):
     kind, options = CASES[name]
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", category=DeprecationWarning)
-        check_learner(kind, checks=[check], **options)
+    check_learner(kind, engines=("loop", "threads", "vmap"), checks=[check], **options)
+
+
+@pytest.mark.usefixtures("strict")
+@pytest.mark.parametrize("name", [name for name in CASES if f"{name}++" not in CASES])
+def test_every_learner_can_be_recorded(name):
+    """On a net of few operations: how long a record takes goes by their number; test_engines.py has larger nets."""
+    kind, options = CASES[name]
+
+    def net():
+        layers = torch.nn.Linear(64, 4), torch.nn.BatchNorm1d(4), torch.nn.Tanh(), torch.nn.Linear(4, 3)
+        return torch.nn.Sequential(torch.nn.Flatten(), *layers)
+
+    check_learner(kind, net=net, engines=["trace"], checks=[engines_agree], **options)
 
 
 class Episodes(RolloutTasks):
