@@ -17,6 +17,7 @@ from metahpo.custom import brief, check_learner, reason
 from metahpo.errors import CheckpointError, ConfigError, did_you_mean
 from metahpo.learners import MetaLearner
 from metahpo.run_dirs import check_begun
+from metahpo.runs.fingerprint import may_change, why_not
 from metahpo.tasks import LabelledImages, TaskSource
 from metahpo.training.checkpoint import CheckpointStore
 from metahpo.training.distributed import current
@@ -66,6 +67,11 @@ def resume_trainer(
     with ranks.agreed():
         path, state, _ = ranks.on_first(store.latest)
         _check_settings(config.training, state["settings"], path)
+        if config.training.epochs < state["epoch"]:
+            raise ConfigError(
+                f"training.epochs: config.yaml says {config.training.epochs}, but {state['epoch']} are done; expected "
+                "at least as many"
+            )
         try:
             return Trainer.resume(run_dir, learner, tasks["train"], tasks["val"], config.training)
         except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
@@ -99,19 +105,14 @@ def check_optimizer(settings: TrainingSettings, learner: MetaLearner) -> None:
 
 
 def _check_settings(settings: TrainingSettings, trained: dict[str, Any], path: Path) -> None:
-    """Raises ConfigError if config.yaml asks for other settings than the run was trained with.
-
-    Device, engine and threads may change, which give the same numbers to rounding, how often a GPU's losses are read,
-    and the number of test tasks.
-    """
-    asked = settings.model_dump(
-        exclude={"device", "engine", "threads", "check", "check_gradient", "read_every", "test_tasks"}
-    )
+    """Raises ConfigError if config.yaml asks for other settings than the run was trained with."""
+    asked = {f"training.{key}": value for key, value in settings.model_dump().items()}
+    before = {f"training.{key}": value for key, value in trained.items()}
     lines = [
-        f"training.{key}: config.yaml says {asked[key]!r}, but {path.name} was trained with {trained[key]!r}; "
+        f"{key}: config.yaml says {asked[key]!r}, but {path.name} was trained with {before[key]!r}{why_not(key)}; "
         "set it back, or train anew"
-        for key in asked
-        if key in trained and trained[key] != asked[key]
+        for key in sorted(asked.keys() - may_change(asked))
+        if key in before and before[key] != asked[key]
     ]
     if lines:
         raise ConfigError("\n".join(lines))

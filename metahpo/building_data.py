@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -22,10 +22,12 @@ from metahpo.config_data import (
     OmniglotSettings,
     SinusoidSettings,
 )
+from metahpo.config_episodes import EpisodeSettings
 from metahpo.config_learners import LinearHeadSettings
 from metahpo.custom import call, check_source, reason
 from metahpo.errors import ConfigError, DataError
 from metahpo.tasks import Episodes, LabelledImages, RolloutTasks, Sinusoid, TaskSource
+from metahpo.tasks.identity import content_of, identity
 from metahpo.training.distributed import current
 from metahpo.training.settings import TrainingSettings
 
@@ -89,6 +91,12 @@ def build_tasks(
                 labels="class" if by_class and split == "train" else "task",
             )
     return tasks
+
+
+def data_identity(config: RunConfig, tasks: Mapping[str, TaskSource]) -> dict[str, Any]:
+    """The identity of the data behind some splits; empty where the config alone determines them."""
+    given = isinstance(config.data, (CustomTasks, EpisodeSettings))
+    return identity(content_of(tasks)) if given else {}
 
 
 def load_images(data: Any) -> LabelledImages:

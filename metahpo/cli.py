@@ -7,7 +7,7 @@ import itertools
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from metahpo.cli_search import add_search
 from metahpo.cli_tune import add_tune
 from metahpo.errors import DataError, MetaHPOError, NonFiniteError, RankError, UsageError, one_line
 from metahpo.run_dirs import check_new, existing_run_dir, is_search, new_run_dir, trained_run_dir
-from metahpo.runs.files import read_json, shown, with_short_paths, write_json
+from metahpo.runs.files import read_json, shown, with_short_paths, write_atomically, write_json
 from metahpo.runs.fingerprint import check_fingerprint, fingerprint, write_fingerprint
 from metahpo.runs.lock import holding_run
 
@@ -29,7 +29,11 @@ Overrides change any key of the config:
 
 The run directory (default: runs/CONFIG/DATE-TIME) holds config.yaml, versions.json, metrics.csv, checkpoints/,
 test.json and report/report.md. Ctrl-C or SIGTERM ends the current step, saves, and exits with 130 or 143;
---resume goes on from there, or after a crash, to the same result bit for bit.
+--resume goes on from there, or after a crash, to the same result bit for bit. To train longer:
+
+  metahpo train --resume RUN_DIR training.epochs=200
+
+which a run with training.min_lr refuses, for its outer rate is annealed over all epochs.
 
 Several GPUs share each batch of tasks:
 
@@ -157,8 +161,13 @@ def _train(options: argparse.Namespace) -> int:
         print(describe_keys())
         return 0
     given = [options.config, *options.overrides] if options.config else options.overrides
-    if options.resume and given:
-        raise UsageError(f"--resume takes the run's own config; found {' '.join(given)!r} as well")
+    for override in given if options.resume else ():
+        if override.partition("=")[0] != "training.epochs":
+            raise UsageError(
+                f"--resume takes the run's own config, of which only training.epochs may change; found {override!r} "
+                "as well"
+            )
+    options.overrides = given if options.resume else options.overrides
     if not options.resume and not options.config:
         raise UsageError("a CONFIG is needed, or --resume RUN_DIR; see metahpo train --help")
     with ExitStack() as held, process_group() as ranks:
@@ -180,7 +189,6 @@ def _begun(options: argparse.Namespace, ranks: Any, held: ExitStack):
     from metahpo.building import build
     from metahpo.config_file import dump_config, load_config, located
     from metahpo.training import Trainer
-    from metahpo.training.checkpoint import write_atomically
 
     def read():
         config = load_config(options.config, options.overrides)
@@ -193,7 +201,7 @@ def _begun(options: argparse.Namespace, ranks: Any, held: ExitStack):
         held.enter_context(holding_run(run_dir))
         check_new(run_dir)  # Another process may have begun one since.
         write_atomically(run_dir / "config.yaml", dump_config(written).encode())
-        write_fingerprint(run_dir, _fingerprint(config))
+        write_fingerprint(run_dir, _fingerprint(config, tasks))
         return run_dir
 
     written = ranks.on_first(read)
@@ -211,10 +219,19 @@ def _begun(options: argparse.Namespace, ranks: Any, held: ExitStack):
 def _resumed(options: argparse.Namespace, ranks: Any, held: ExitStack):
     """The config, run directory and trainer of the run to go on with."""
     from metahpo.building import resume_trainer
+    from metahpo.config_file import dump_config, located
 
-    config, run_dir = _kept(options.resume, ranks, held)
+    written, run_dir = _kept(options.resume, ranks, held, options.overrides)
+    config = located(written)
     trainer = resume_trainer(config, run_dir)
-    ranks.on_first(lambda: check_fingerprint(run_dir, _fingerprint(config)))
+    tasks = {"train": trainer.train_tasks, "val": trainer.val_tasks}
+
+    def check() -> None:
+        check_fingerprint(run_dir, _fingerprint(config, tasks))
+        if options.overrides:
+            write_atomically(run_dir / "config.yaml", dump_config(written).encode())
+
+    ranks.on_first(check)
     if ranks.first:
         if trainer.epoch < config.training.epochs:
             where = f"at epoch {trainer.epoch + 1}, iteration {trainer.iteration + 1}"
@@ -224,22 +241,24 @@ def _resumed(options: argparse.Namespace, ranks: Any, held: ExitStack):
     return config, run_dir, trainer
 
 
-def _kept(name: str, ranks: Any, held: ExitStack):
-    """The config and the folder of the training in the run directory ``name``, held from now on."""
-    from metahpo.config_file import load_config, located
+def _kept(name: str, ranks: Any, held: ExitStack, overrides: Sequence[str] = ()):
+    """The config, with overrides, and the folder of the training in the run directory ``name``, held from now on."""
+    from metahpo.config_file import load_config
 
     def read():
         run_dir = trained_run_dir(name)
         held.enter_context(holding_run(run_dir))
-        return located(load_config(run_dir / "config.yaml")), run_dir
+        return load_config(run_dir / "config.yaml", overrides), run_dir
 
     return ranks.on_first(read)
 
 
-def _fingerprint(config: Any) -> dict[str, Any]:
+def _fingerprint(config: Any, tasks: Mapping[str, Any]) -> dict[str, Any]:
+    from metahpo.building_data import data_identity
     from metahpo.training.environment import versions
 
-    return fingerprint(config.model_dump(mode="json"), versions(config.training.torch_device()))
+    kept = versions(config.training.torch_device())
+    return fingerprint(config.model_dump(mode="json"), kept, data_identity(config, tasks))
 
 
 def _nothing(*args: Any, **kwargs: Any) -> None:
@@ -247,10 +266,12 @@ def _nothing(*args: Any, **kwargs: Any) -> None:
 
 
 def _evaluate(options: argparse.Namespace) -> int:
+    from metahpo.config_file import located
     from metahpo.training.distributed import process_group
 
     with ExitStack() as held, process_group() as ranks:
-        config, run_dir = _kept(options.run_dir, ranks, held)
+        written, run_dir = _kept(options.run_dir, ranks, held)
+        config = located(written)
         _test(config, run_dir, options.split, options.tasks or config.training.test_tasks, ranks, keep=True)
     return 0
 
@@ -268,7 +289,7 @@ def _report(options: argparse.Namespace) -> int:
     with holding_run(run_dir):
         config = located(load_config(run_dir / "config.yaml"))
         tasks, learner = build_for(config, "test")
-        check_fingerprint(run_dir, _fingerprint(config))
+        check_fingerprint(run_dir, _fingerprint(config, {"test": tasks}))
         load_best(run_dir, learner)
         _write_report(run_dir, learner, tasks.task(0))
         for name in ("test.json", "versions.json"):
@@ -300,7 +321,7 @@ def _test(config: Any, run_dir: Path, split: str, count: int, ranks: Any, keep: 
     with ranks.agreed():
         tasks, learner = build_for(config, split)
     if keep:
-        ranks.on_first(lambda: check_fingerprint(run_dir, _fingerprint(config)))
+        ranks.on_first(lambda: check_fingerprint(run_dir, _fingerprint(config, {split: tasks})))
     rows = evaluate_run(run_dir, learner, tasks, count, config.training)
     if ranks.first:
         result = {"split": split, "tasks": count, "rows": rows}

@@ -11,7 +11,7 @@ from typing import Any
 from metahpo.errors import UsageError
 from metahpo.run_dirs import check_new, existing_run_dir, new_run_dir
 from metahpo.runs.files import shown, write_json
-from metahpo.runs.fingerprint import check_fingerprint, fingerprint, write_fingerprint
+from metahpo.runs.fingerprint import MAY_CHANGE, check_fingerprint, fingerprint, write_fingerprint
 from metahpo.runs.lock import holding_run
 
 HELP = {
@@ -53,7 +53,6 @@ def _tune(options: argparse.Namespace) -> int:
     # Imported here, so that --help and usage errors answer at once.
     from metahpo.config_file import describe_keys, dump_config, load_config, located
     from metahpo.training.checkpoint import write_atomically
-    from metahpo.training.environment import versions
     from metahpo.training.settings import device_of
     from metahpo.tune_building import build_tuner
     from metahpo.tune_config import SCHEMAS
@@ -82,12 +81,12 @@ def _tune(options: argparse.Namespace) -> int:
             held.enter_context(holding_run(run_dir))
             check_new(run_dir)  # Another process may have begun one since.
             write_atomically(run_dir / "config.yaml", dump_config(written).encode())
-            write_fingerprint(run_dir, fingerprint(config.model_dump(mode="json"), versions(device_of(config.device))))
+            write_fingerprint(run_dir, _fingerprint(config, data))
         device = device_of(config.device)
         run = TuningRun(tuner, run_dir, _settings(written), device)
         if options.resume:
             run.resume()
-            check_fingerprint(run_dir, fingerprint(config.model_dump(mode="json"), versions(device)))
+            check_fingerprint(run_dir, _fingerprint(config, data))
             done = tuner.iteration >= tuner.iterations
             where = f"all {tuner.iteration} outer steps are done" if done else f"at outer step {tuner.iteration + 1}"
             print(f"resuming {shown(run_dir)}: {where}", flush=True)
@@ -99,10 +98,20 @@ def _tune(options: argparse.Namespace) -> int:
     return 0
 
 
+def _fingerprint(config: Any, data: Any) -> dict[str, Any]:
+    from metahpo.tasks.identity import identity
+    from metahpo.training.environment import versions
+    from metahpo.training.settings import device_of
+
+    parts = {f"{what} of {name}": tensor for name, part in data.items() for what, tensor in zip(part._fields, part)}
+    return fingerprint(config.model_dump(mode="json"), versions(device_of(config.device)), identity(parts))
+
+
 def _settings(config: Any) -> dict[str, Any]:
     """What a run's numbers depend on, by dotted key."""
     tree = config.model_dump(mode="json", exclude={"run_dir", "device"})
-    return {f"{section}.{key}": value for section, values in tree.items() for key, value in values.items()}
+    keys = {f"{section}.{key}": value for section, values in tree.items() for key, value in values.items()}
+    return {key: value for key, value in keys.items() if key not in MAY_CHANGE}
 
 
 def _finish(run_dir: Path, tuner: Any, result: Any, data: Any) -> None:

@@ -424,7 +424,7 @@ def test_every_wrong_setting_is_told_at_once(here, capsys):
         (["train", "none.yaml"], "cannot read config none.yaml: No such file or directory"),
         (["train", "."], "cannot read config .: Is a directory"),
         (["train"], "a CONFIG is needed, or --resume RUN_DIR; see metahpo train --help"),
-        (["train", "sines.yaml", "--resume", "out"], "--resume takes the run's own config; found 'sines.yaml' as well"),
+        (["train", "sines.yaml", "--resume", "out"], "of which only training.epochs may change; found 'sines.yaml' as well"),
         (["train", "--resume", "out", "--until-epoch", "1", "training.lr=1"], "found 'training.lr=1' as well"),
         (["train", "--resume", "."], ". is not a run directory: it has no config.yaml"),
         (["evaluate", "none"], "none is not a run directory"),
@@ -593,9 +593,9 @@ def test_an_edited_config_is_neither_tested_nor_reported(run, capsys, command):
 
 def test_resuming_with_other_settings_is_refused(run, capsys):
     config = (run / "config.yaml").read_text()
-    (run / "config.yaml").write_text(config.replace("epochs: 3\n", "epochs: 4\n").replace("lr: 0.001", "lr: 0.1"))
+    (run / "config.yaml").write_text(config.replace("keep_best: 5\n", "keep_best: 4\n").replace("lr: 0.001", "lr: 0.1"))
     err = refused(capsys, "train", "--resume", "out", lines=2)
-    assert f"training.epochs: config.yaml says 4, but {final(run)} was trained with 3" in err
+    assert f"training.keep_best: config.yaml says 4, but {final(run)} was trained with 5" in err
     assert "training.lr: config.yaml says 0.1" in err
 
 

@@ -192,6 +192,35 @@ def test_an_old_run_and_another_number_of_threads_resume_with_a_word(here, capsy
     assert "fingerprint.json is not there" in capsys.readouterr().err
 
 
+def test_a_longer_training_is_the_one_that_was_begun_so(here, monkeypatch, capsys):
+    monkeypatch.setattr("metahpo.report.write_report", lambda run_dir, learner, task: run_dir)
+    assert main(["train", "sines.yaml", "run_dir=short", "training.epochs=1", "training.keep_best=3"]) == 0
+    assert main(["train", "--resume", "short", "training.epochs=3"]) == 0
+    assert main(["train", "sines.yaml", "run_dir=long", "training.keep_best=3"]) == 0
+    last = [sorted((here / name / "checkpoints").glob("*.pt"))[-1].name for name in ("short", "long")]
+    assert last[0] == last[1], "the name carries the content's checksum"
+    assert "epochs: 3\n" in (here / "short" / "config.yaml").read_text()
+    capsys.readouterr()
+    assert main(["train", "--resume", "short", "training.epochs=2"]) == 2
+    assert "training.epochs: config.yaml says 2, but 3 are done" in capsys.readouterr().err
+    assert main(["train", "--resume", "short", "training.lr=2"]) == 2
+    assert "of which only training.epochs may change; found 'training.lr=2'" in capsys.readouterr().err
+    assert "epochs: 3\n" in (here / "short" / "config.yaml").read_text()
+
+
+def test_a_training_whose_rate_is_annealed_is_not_made_longer(here, capsys):
+    assert main(["train", "sines.yaml", "run_dir=annealed", "training.min_lr=0.0001", "--until-epoch", "1"]) == 0
+    capsys.readouterr()
+    for change in (["training.epochs=4"], []):
+        if not change:
+            config = here / "annealed" / "config.yaml"
+            config.write_text(config.read_text().replace("epochs: 3", "epochs: 4"))
+        assert main(["train", "--resume", "annealed", *change]) == 2
+        err = capsys.readouterr().err
+        assert "trained with 3 (training.min_lr anneals the rate over all epochs); set it back" in err
+        assert err.count("\n") == 1
+
+
 def test_an_optimizer_may_be_written_in_any_case():
     names = {TrainingSettings(optimizer=name).optimizer for name in ("adamw", "AdamW", "ADAMW", "torch.optim.AdamW")}
     assert names == {"AdamW"}

@@ -133,6 +133,12 @@ class Episodes(KnownKeywords):
         """How many classes the split has."""
         return len(self._classes)
 
+    @property
+    def content(self) -> dict[str, Tensor]:
+        """What all tasks are made of: the images, and the numbers [M] of the split's, class by class."""
+        rows = [self._order[self._first[c] : self._first[c] + self._counts[c]] for c in self._classes]
+        return {"images": self._images, f"images of {self.split} by class": torch.as_tensor(np.concatenate(rows))}
+
     def _pictures(self, rows: Tensor, members: Tensor, turns: Tensor) -> Tensor:
         """The images of these numbers [T, N], of these classes of their task [T, N], turned as turns [T, ways] say."""
         images = self._images[rows]  # [T, N, C, H, W]
