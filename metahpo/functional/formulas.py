@@ -1,4 +1,4 @@
-"""Formulas in place of torch's kernels whose second derivative is wrong or missing."""
+"""Formulas in place of torch's kernels whose second derivative is wrong or missing, or which vmap lacks."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
+
+from metahpo.functional.levels import of_each_task
 
 
 class ByFormula(TorchFunctionMode):
@@ -103,9 +105,15 @@ def _embedding_bag(
     return total / mask.sum(-2).clamp(min=1) if mode == "mean" else total
 
 
+def _empty(*size: Any, **options: Any) -> Tensor:
+    made = torch.empty(*size, **options)
+    return made if made.requires_grad or options.get("out") is not None else of_each_task(made)
+
+
 _functions: Any = torch._C._nn  # pyright: ignore[reportAttributeAccessIssue]
 _FORMULAS: dict[Any, Callable[..., Tensor]] = {
     torch._weight_norm: _weight_norm,
+    torch.empty: _empty,
     F.hardsigmoid: _hardsigmoid,
     _functions.hardsigmoid: _hardsigmoid,
     _functions.hardsigmoid_: lambda x: _hardsigmoid(x, True),

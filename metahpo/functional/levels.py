@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 
 functorch: Any = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]
 
@@ -31,3 +32,22 @@ def batch_size(tensor: Tensor) -> int | None:
     if len(batched) != 1:
         return None
     return functorch.get_unwrapped(batched[0]).shape[functorch.maybe_get_bdim(batched[0])]
+
+
+def of_each_task(tensor: Tensor) -> Tensor:
+    """Uninitialised memory such as ``tensor``, under ``torch.func.vmap(randomness="different")`` of each task its own.
+
+    So random numbers can be drawn into it in place, as dropout of whole samples does; else the tensor itself.
+    """
+    stack = functorch.get_interpreter_stack() or [] if under_torch_func() else []
+    vmaps = [functorch.CVmapInterpreterPtr(level) for level in stack if level.key() == functorch.TransformType.Vmap]
+    if len(vmaps) != 1 or vmaps[0].randomness() != functorch.RandomnessType.Different:
+        return tensor
+    with temporarily_clear_interpreter_stack():
+        tensor = tensor.new_empty([vmaps[0].batchSize(), *tensor.shape])
+    for level in stack:
+        if level.key() == functorch.TransformType.Vmap:
+            tensor = functorch._add_batch_dim(tensor, 0, level.level())
+        else:
+            tensor = functorch._wrap_for_grad(tensor, level.level())
+    return tensor

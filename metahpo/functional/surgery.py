@@ -3,19 +3,47 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from typing import Any
 
 from torch import nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from metahpo.errors import NetError, did_you_mean
 from metahpo.functional.copies import copied
 
 
-def with_layers(net: nn.Module, after: Iterable[str], layer: Callable[[nn.Module], nn.Module]) -> nn.Module:
-    """A copy of ``net`` in which each named module is followed by ``layer(module)``, both in an ``nn.Sequential``."""
+class Followed(nn.Sequential):
+    """A layer and one that follows it, with the first one's attributes.
+
+    Attention, as torchvision writes it, reads the weights of its layers and never calls them; there nothing follows.
+    """
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            layer = self.__dict__.get("_modules", {}).get("0")
+            if layer is None or name.startswith("_"):
+                raise
+            return getattr(layer, name)
+
+
+def with_layers(
+    net: nn.Module,
+    after: Iterable[str],
+    layer: Callable[[nn.Module], nn.Module],
+    kind: type[Followed] = Followed,
+) -> nn.Module:
+    """A copy of ``net`` in which each named module is followed by ``layer(module)``, both in a module ``kind``."""
     net = copied(net)
     for old in [_find(net, name) for name in after]:
-        _replace(net, old, nn.Sequential(old, layer(old)))
+        _replace(net, old, kind(old, layer(old)))
     return net
+
+
+def is_called(layer: nn.Module) -> bool:
+    """False for the last layer of torch's attention, of which it reads the weights alone."""
+    return not isinstance(layer, NonDynamicallyQuantizableLinear)
 
 
 def without_head(net: nn.Module) -> tuple[nn.Module, nn.Module]:

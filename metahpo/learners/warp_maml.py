@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from metahpo.checks import check_type
 from metahpo.errors import NetArgumentError, NetError
 from metahpo.functional.copies import unwrapped
-from metahpo.functional.surgery import like, with_layers
+from metahpo.functional.surgery import is_called, like, with_layers
 from metahpo.learners.maml import MAML
 
 
@@ -33,14 +33,15 @@ class WarpMAML(MAML):
     alone, so that they precondition its gradients; the outer loop learns them with the initial weights (Flennerhag et
     al. 2020, section 3.2 and equation 10, Warp-MAML).
 
-    Arguments as in ``MAML``. The layers are linear and begin as the identity, where this is MAML.
+    Arguments as in ``MAML``. The layers are linear and begin as the identity, where this is MAML. A layer whose weights
+    the net reads without calling it, as attention does, has none at work.
     """
 
     def __init__(self, net: nn.Module, **options: Any):
         check_type(self, "net", net, nn.Module, "a module", error=NetArgumentError)
         kinds = (nn.Conv2d, nn.Linear)
         net = unwrapped(net)
-        layers = [name for name, module in net.named_modules() if isinstance(module, kinds)]
+        layers = [name for name, module in net.named_modules() if isinstance(module, kinds) and is_called(module)]
         if len(layers) < 2:
             raise NetError(f"{type(net).__name__} has no Conv2d or Linear before its head to put a warp layer after")
         super().__init__(with_layers(net, layers[:-1], _warp), **options)

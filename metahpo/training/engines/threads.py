@@ -23,7 +23,7 @@ from metahpo.learners.phase import Phase
 from metahpo.native import conv_taps
 from metahpo.tasks.task import Task
 from metahpo.training.engines.base import MetaGradient, mean_metrics
-from metahpo.training.engines.python_state import Watch
+from metahpo.training.engines.python_state import Watch, shown
 from metahpo.training.engines.refusal import refusal
 
 T = TypeVar("T")
@@ -118,9 +118,9 @@ class Threads:
 def _drawing(learner: MetaLearner) -> str:
     """The module that probably draws random numbers."""
     for name, module in learner.named_modules():
-        rate = getattr(module, "p" if isinstance(module, nn.modules.dropout._DropoutNd) else "dropout", None)
-        if isinstance(rate, float) and rate > 0:
-            return f"module {name.removeprefix('module.net').removeprefix('.')!r} ({type(module).__name__})"
+        rates = [getattr(module, key, None) for key in ("p", "dropout", "drop_prob")]
+        if any(isinstance(rate, float) and 0 < rate < 1 for rate in rates):
+            return f"{shown(name)} ({type(module).__name__})"
     return f"this {type(learner).__name__}"
 
 
