@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gc
 import importlib
 import multiprocessing
 import os
@@ -42,6 +43,13 @@ def _no_waiting_for_the_disk():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", lambda descriptor: None)
         yield
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _short_collections():
+    """Python's garbage collection looks no more through what was there before the module, which is torch for most."""
+    gc.collect()
+    gc.freeze()
 
 
 @dataclass

@@ -1,10 +1,7 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
-import subprocess
-import sys
 import textwrap
 from pathlib import Path
 
@@ -16,8 +13,7 @@ from metahpo.training.checkpoint import CheckpointStore, position
 from metahpo.training.distributed import Ranks
 
 ROOT = Path(__file__).resolve().parents[2]
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+ENVIRONMENT = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 
 SINES = """
 data: {source: sinusoid, shots: 5, queries: 5, eval_queries: 5}
@@ -119,16 +115,21 @@ def folder(tmp_path_factory):
     return folder
 
 
-@pytest.fixture(scope="module")
-def two(folder):
+@pytest.fixture
+def two(folder, start, monkeypatch):
     """What each of two ranks got of each item of TODO: [exit code, stdout, stderr]; everything in one start."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
+    monkeypatch.chdir(folder)
+    if not (folder / "todo.json").exists():
         assert main(["train", "sines.yaml", "--until-epoch", "1", "run_dir=one/first half"]) == 0
-    (folder / "todo.json").write_text(json.dumps(list(TODO.values())))
-    command = [*TORCHRUN, str(Path(__file__).with_name("ranks_program.py")), "todo.json"]
-    done = subprocess.run(command, cwd=folder, env=ENVIRONMENT, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
+        (folder / "todo.json").write_text(json.dumps(list(TODO.values())))
+        # As torchrun does, which would import torch three times more: the ranks meet at a store that is not theirs.
+        store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        group = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port)}
+        group |= {"TORCHELASTIC_RUN_ID": "none", "TORCHELASTIC_USE_AGENT_STORE": "True", **ENVIRONMENT}
+        program = Path(__file__).with_name("ranks_program.py").read_text()
+        children = [start(program, RANK=str(rank), LOCAL_RANK=str(rank), **group) for rank in range(2)]
+        for code, _, err in [child.finished() for child in children]:
+            assert code == 0, err
     ranks = [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
     return {name: [rank[index] for rank in ranks] for index, name in enumerate(TODO)}
 
@@ -212,22 +213,23 @@ def test_a_mistake_is_told_in_one_line_by_one_rank(folder, two, name, code, rank
     assert not (folder / "two" / "none").exists()
 
 
-def test_sigterm_to_torchrun_saves_and_one_process_goes_on(folder, monkeypatch):
+TORCHRUN = """
+from torch.distributed.run import main
+main(["--standalone", "--nproc-per-node", "2", "-m", "metahpo", *{arguments}])
+"""
+
+
+def test_sigterm_to_torchrun_saves_and_one_process_goes_on(folder, start, monkeypatch):
     longer = ["train", "sines.yaml", "training.epochs=3", "training.iterations=60"]
-    command = [*TORCHRUN, "-m", "metahpo", *longer, "run_dir=killed"]
-    child = subprocess.Popen(
-        command, cwd=folder, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-    for line in child.stdout:
-        if line.startswith("epoch 1/3"):
-            child.send_signal(signal.SIGTERM)
-            break
-    _, err = child.communicate(timeout=60)
-    assert child.returncode != 0
+    monkeypatch.chdir(folder)
+    child = start(TORCHRUN.format(arguments=[*longer, "run_dir=killed"]), **ENVIRONMENT)
+    child.wait_for("epoch 1/3")
+    child.send_signal(signal.SIGTERM)
+    code, _, err = child.finished(60)
+    assert code not in (0, None)
     assert err.count("stopping after this step") == err.count("metahpo: stopped by SIGTERM") == 1
     newest = CheckpointStore(folder / "killed" / "checkpoints").list()[-1]
     assert (1, 0) <= position(newest) < (3, 0)
-    monkeypatch.chdir(folder)
     assert main(["train", "--resume", "killed"]) == 0
     assert main([*longer, "run_dir=whole"]) == 0
     assert_same(folder / "killed", folder / "whole", 1e-5)

@@ -70,7 +70,7 @@ NETS = {
 def build(name: str = "conv4", kind=MAMLPlusPlus, **options):
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        return kind(NETS[name](), steps=2, **options).double()
+        return kind(NETS[name](), **{"steps": 2, **options}).double()
 
 
 def images(count: int = 5, seed: int = 1) -> Task:
@@ -110,7 +110,8 @@ def test_all_equal_loop_in_every_phase(engine, name, kind):
         pytest.skip("torch's float64 LSTM has no rule for vmap")
     if engine is Trace and (name == "resnet12" or (name, kind) == ("conv4", MAML)):
         pytest.skip("recording it takes long, and shows no more than conv4 with MAML++")
-    learner, tasks, engine = build(name, kind), images(), engine()
+    # A record's time goes by its operations; those of several steps are in the tests of nets that are quick.
+    learner, tasks, engine = build(name, kind, steps=1 if engine is Trace else 2), images(3), engine()
     phases = [learner.training_phase(0), replace(learner.training_phase(99), first_order=True), Phase(training=True)]
     # Each kind of phase is a record of its own; test_a_record_sees_what_changes has them all on a net that is quick.
     for phase in phases[:1] if isinstance(engine, Trace) else phases:
@@ -123,7 +124,7 @@ def test_all_equal_loop_in_every_phase(engine, name, kind):
 @pytest.mark.parametrize("gradient", [Mixed(), Mixed("dual")])
 @pytest.mark.parametrize("kind", [MAMLPlusPlus, HeadOnly])
 def test_threads_run_forward_mode(gradient, kind):
-    learner, tasks = build(kind=kind, gradient=gradient, remat=Sqrt()), images()
+    learner, tasks = build(kind=kind, gradient=gradient, remat=Sqrt()), images(3)
     plain = build(kind=kind)
     found = [Threads().meta_gradient(learner, tasks, Phase(training=True)) for _ in range(2)]
     assert_equal(found[0], Loop().meta_gradient(plain, tasks, Phase(training=True)), 1e-9)
@@ -310,7 +311,7 @@ def test_a_record_sees_what_changes_and_takes_no_other_learner_for_its_own():
 
 
 def test_a_record_is_of_one_precision():
-    learner, engine = build("mlp").float(), Trace()
+    learner, engine = build("mlp", MAML, steps=1).float(), Trace()
     tasks = Task(*(t.float() if t.is_floating_point() else t for t in images()))
     exact = engine.meta_gradient(learner, tasks, Phase(training=True)).loss
     learner.module.autocast = torch.bfloat16
@@ -334,7 +335,9 @@ def small() -> MAML:
 
 def test_a_compiled_record_equals_loop():
     learner, engine = small(), Graph()
-    with warnings.catch_warnings():
+    # No trial programs for the CPU's vector instructions, no headers or processes kept for the next kernels.
+    options = {"cpp.vec_isa_ok": False, "cpp_cache_precompile_headers": False, "compile_threads": 1}
+    with torch._inductor.config.patch(options), warnings.catch_warnings():
         warnings.filterwarnings("error", message="engine")
         for _ in range(2):
             found = engine.meta_gradient(learner, sines(), Phase(training=True))
@@ -428,7 +431,7 @@ def test_auto_takes_loop_where_all_refuse(capsys):
     assert capsys.readouterr().err == "engine auto: loop for training (threads cannot, vmap cannot)\n"
 
 
-QUICK = {"epochs": 2, "iterations": 2, "tasks": 2, "val_tasks": 2, "device": "cpu"}
+QUICK = {"epochs": 2, "iterations": 2, "tasks": 2, "val_tasks": 2, "device": "cpu", "check_gradient": False}
 
 
 def trainer(run_dir=None, learner=None, **settings):
