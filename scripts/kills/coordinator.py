@@ -12,9 +12,9 @@ from pathlib import Path
 
 import numpy as np
 
+from metahpo.runs.files import write_atomically
 from metahpo.searchers import Float, History, Processes, Ray, Searcher, Space, Study, Trial
 from metahpo.searchers.executors import Executor, Serial
-from metahpo.training.checkpoint import write_atomically
 
 SPACE = Space(x=Float(-1, 1), y=Float(-1, 1))
 

@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from metahpo.errors import CheckpointError, MetaHPOError, SearchError, one_line
+from metahpo.runs.files import write_atomically
 from metahpo.searchers.lock import FileLock
 from metahpo.searchers.outcome import Outcome
 from metahpo.searchers.records import plain
 from metahpo.searchers.trial import Job, Trial, number
-from metahpo.training.checkpoint import write_atomically
 
 Objective = Callable[[Trial], Any]
 
