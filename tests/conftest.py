@@ -18,7 +18,8 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # Importing them takes a process seconds; the copies of one that has done it start at once.
 LOADED = ["pytest", "torch._dynamo", "matplotlib.pyplot"]
-LOADED += ["metahpo.cli", "metahpo.building", "metahpo.report", "metahpo.searchers"]
+LOADED += ["metahpo.cli", "metahpo.building", "metahpo.report", "metahpo.searchers.registry"]
+LOADED += ["metahpo.searchers.study", "metahpo.searchers.training_objective"]
 
 CHILD = """
 import os, sys
@@ -29,6 +30,13 @@ for number, name in ((1, "out"), (2, "err")):
 sys.path[:0] = [job["cwd"], job["root"]]
 exec(compile(job["program"], "program", "exec"), {"__name__": "__main__"})
 """
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _imports_kept():
+    """The million objects that imports have made stay for good: no search for garbage looks through them again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
