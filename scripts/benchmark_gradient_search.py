@@ -146,7 +146,7 @@ def main() -> int:
 
 def parse() -> argparse.Namespace:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="one seed, random and gradient search, half a second each")
+    parser.add_argument("--quick", action="store_true", help="one seed, random and gradient search, 0.15 s each")
     parser.add_argument("--table", action="append", choices=TABLES, help="only this one; may be repeated")
     parser.add_argument("--searcher", action="append", choices=SEARCHERS, help="only this one; may be repeated")
     parser.add_argument("--seeds", type=int, default=10)
@@ -161,7 +161,7 @@ def parse() -> argparse.Namespace:
     options.table = options.table or list(TABLES)
     options.searcher = options.searcher or (["random", "gradient"] if options.quick else list(SEARCHERS))
     if options.quick:
-        options.seeds, options.seconds = 1, options.seconds or 0.5
+        options.seeds, options.seconds = 1, options.seconds or 0.15
     if options.seeds < 1 or (options.seconds is not None and options.seconds <= 0):
         parser.error(
             f"--seeds and --seconds: expected at least 1 and above 0, found {options.seeds}, {options.seconds}"

@@ -34,15 +34,16 @@ HORIZON = 100
 
 def main() -> int:
     parser = Parser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="little training, few goals: some seconds")
+    parser.add_argument("--quick", action="store_true", help="little training, short episodes, few goals: some seconds")
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--json", type=Path, help="write the figures here")
     parser.add_argument("--plot", type=Path, help="draw the paths of the first seed's MAML here")
     options = parser.parse_args()
+    options.horizon = 30 if options.quick else HORIZON
     rows = []
     for seed in range(options.seeds):
         for first_order in (False, True):
-            row, learner = one_training(seed, first_order, options.quick)
+            row, learner = one_training(seed, first_order, options.quick, options.horizon)
             rows.append(row)
             print(
                 f"seed {seed}, {row['learner']}: return {row['before']:.2f} before, {row['after']:.2f} after one step, "
@@ -51,18 +52,18 @@ def main() -> int:
                 flush=True,
             )
             if options.plot and not (seed or first_order):
-                draw_paths(paths_example(learner, tasks("test", seed).task(0))).savefig(options.plot)
+                draw_paths(paths_example(learner, tasks("test", seed, options.horizon).task(0))).savefig(options.plot)
     if options.json:
         options.json.write_text(json.dumps({"machine": machine([]), "rows": rows}, indent=2))
     wanted = 1 if options.quick else 3
     return 0 if all(row["closer"] >= wanted for row in rows) else 1
 
 
-def tasks(split: str, seed: int) -> RolloutTasks:
-    return RolloutTasks(Navigation(), split, episodes=20, horizon=HORIZON, seed=seed)
+def tasks(split: str, seed: int, horizon: int = HORIZON) -> RolloutTasks:
+    return RolloutTasks(Navigation(), split, episodes=20, horizon=horizon, seed=seed)
 
 
-def one_training(seed: int, first_order: bool, quick: bool) -> tuple[dict, PolicyMAML]:
+def one_training(seed: int, first_order: bool, quick: bool, horizon: int) -> tuple[dict, PolicyMAML]:
     """The figures of one training and its learner."""
     started = time.process_time()
     with seeded(seed):
@@ -77,10 +78,10 @@ def one_training(seed: int, first_order: bool, quick: bool) -> tuple[dict, Polic
         engine="vmap" if quick else "trace",  # Recording takes as long as twenty steps.
         seed=seed,
     )
-    Trainer(learner, tasks("train", seed), tasks("val", seed), settings).fit()
-    unseen, count = tasks("test", seed), 12 if quick else 200
+    Trainer(learner, tasks("train", seed, horizon), tasks("val", seed, horizon), settings).fit()
+    unseen, count = tasks("test", seed, horizon), 12 if quick else 200
     found, _ = evaluate(learner, unseen, count, settings)
-    best = best_return(unseen.batch(range(count)).query_y[:, 0], HORIZON).double().numpy()
+    best = best_return(unseen.batch(range(count)).query_y[:, 0], horizon).double().numpy()
     before, after = (best - found[name].double().numpy() for name in ("return_before", "return"))
     drawn = np.random.default_rng(seed).integers(count, size=(2000, count))
     low, high = np.quantile(before[drawn].mean(1) / after[drawn].mean(1), [0.025, 0.975])

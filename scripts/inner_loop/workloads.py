@@ -106,12 +106,12 @@ QUICK = {
         shape=(3, 21, 21),
         queries=2,
         tasks=2,
-        steps=2,
+        steps=1,
     ),
     "resnet12": replace(
-        SPECS["resnet12"], net=lambda: ResNet12((3, 16, 16), 5, widths=(4, 8, 8, 16)), shape=(3, 16, 16), steps=2
+        SPECS["resnet12"], net=lambda: ResNet12((3, 16, 16), 5, widths=(4, 8, 8, 16)), shape=(3, 16, 16), steps=1
     ),
-    "mlp": replace(SPECS["mlp"], tasks=4),
+    "mlp": replace(SPECS["mlp"], tasks=4, steps=2),
     "transformer": replace(SPECS["transformer"], shots=1, queries=3, tasks=2, steps=2),
 }
 

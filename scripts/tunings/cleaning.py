@@ -27,12 +27,14 @@ CLEANED: dict[tuple[str, str], tuple[tuple[int, int, int], tuple[float, ...], fl
 
 def prove_clean(quick: bool, seeds: int) -> list[Row]:
     """Each rule names suspects; the same net is trained on the others and the trusted ones."""
+    if quick:
+        return cleaned("digits", "any class", (300, 150, 300), 0.1, 0, {"lr": 1.0, "iterations": 3})
     return [
         row
-        for (name, mistakes), (sizes, shares, lr) in list(CLEANED.items())[: 1 if quick else None]
-        for share in (shares[1:2] if quick else shares)
+        for (name, mistakes), (sizes, shares, lr) in CLEANED.items()
+        for share in shares
         for seed in range(seeds)
-        for row in cleaned(name, mistakes, sizes, share, seed, {"lr": lr, "iterations": 4 if quick else 50})
+        for row in cleaned(name, mistakes, sizes, share, seed, {"lr": lr, "iterations": 50})
     ]
 
 
