@@ -112,6 +112,16 @@ def set_python_draws(states: PythonDraws) -> None:
         numpy.random.set_state((kind, numpy.frombuffer(key, dtype="uint32"), *rest))
 
 
+@contextmanager
+def python_draws_kept() -> Iterator[None]:
+    """After it the generators of ``random`` and ``numpy.random`` are as before."""
+    before = python_draws()
+    try:
+        yield
+    finally:
+        set_python_draws(before)
+
+
 def same_draws(function: Callable[..., Any], tensors: Iterable[Tensor]) -> Callable[..., Any]:
     """The same function, in which every call draws the random numbers (dropout) that the first one drew.
 

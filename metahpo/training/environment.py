@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import platform
+import random
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,16 +13,21 @@ import torch
 from tqdm import tqdm
 
 from metahpo import __version__, torchrun
+from metahpo.inner.randomness import python_draws_kept
 
 
 @contextmanager
 def seeded(*numbers: int, device: torch.device | None = None) -> Iterator[None]:
-    """Inside it torch's generators (CPU's and ``device``'s) are seeded from ``numbers``; outside they are as before."""
+    """Inside it the generators of torch (CPU's and ``device``'s), ``random`` and ``numpy.random`` are seeded from
+    ``numbers``; outside they are as before."""
     digest = hashlib.sha256(",".join(map(str, numbers)).encode()).digest()
     seed = int.from_bytes(digest[:7], "big")
     devices = [device] if device is not None and device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices):
+    with torch.random.fork_rng(devices=devices), python_draws_kept():
         torch.random.default_generator.manual_seed(seed)
+        random.seed(seed)
+        if numpy := sys.modules.get("numpy"):
+            numpy.random.seed(seed % 2**32)
         for cuda in devices:
             with torch.cuda.device(cuda):
                 torch.cuda.manual_seed(seed)

@@ -2,10 +2,12 @@ from __future__ import annotations
 
 import gc
 import os
+import random
 import resource
 import signal
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -115,6 +117,38 @@ def test_complex_gradients_are_clamped_part_by_part():
 def final(run: Trainer) -> str:
     """The name of the newest checkpoint, which holds the checksum of its bytes."""
     return run.store.list()[-1].name
+
+
+class PythonNoise(nn.Linear):
+    """Draws from the generators of Python and NumPy."""
+
+    def forward(self, x):
+        noise = random.random() + float(np.random.rand()) if self.training else 0.0
+        return super().forward(x + noise)
+
+
+def test_what_a_net_draws_from_python_and_numpy_is_drawn_again_after_a_stop(tmp_path):
+    def run(run_dir, make=Trainer):
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            net = MAML(PythonNoise(4, 3), steps=1)
+        # Were they one generator, these would move the run.
+        random.random(), np.random.rand()
+        settings = TrainingSettings(**{**QUICK, "engine": "loop", "epochs": 2, "iterations": 2, "check": True})
+        return make(net, Blobs(), Blobs(1), settings, run_dir)
+
+    whole, parts = run(tmp_path / "whole"), run(tmp_path / "parts")
+    before = random.getstate(), np.random.get_state()[1].tolist()
+    whole.fit()
+    assert before == (random.getstate(), np.random.get_state()[1].tolist())
+    parts.fit(until_iteration=1)
+    again = run(tmp_path / "parts", lambda net, a, b, settings, folder: Trainer.resume(folder, net, a, b, settings))
+    again.fit()
+    assert final(again) == final(whole)
+    other = run(tmp_path / "other")
+    other.settings = other.settings.model_copy(update={"seed": 1})
+    other.fit()
+    assert not torch.equal(other.learner.module.net.weight, whole.learner.module.net.weight)
 
 
 @pytest.mark.parametrize("engine", ["loop", "vmap"])

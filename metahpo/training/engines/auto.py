@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from metahpo import torchrun
 from metahpo.functional import Params
-from metahpo.inner.randomness import python_draws, set_python_draws
+from metahpo.inner.randomness import python_draws_kept
 from metahpo.learners.base import MetaLearner, Metrics
 from metahpo.learners.phase import Phase
 from metahpo.tasks.task import Task
@@ -56,10 +56,9 @@ class Auto:
             kinds: dict[str, Callable[[], Engine]] = {k.name: k for k in (Loop, Threads, VMap, Trace)}
             if kind not in self.chosen:
                 # Trials draw random numbers (dropout) that the run itself is still to draw.
-                drawn = python_draws()
-                with torch.random.fork_rng(devices=[tasks.query_x.device] if tasks.query_x.is_cuda else []):
+                devices = [tasks.query_x.device] if tasks.query_x.is_cuda else []
+                with torch.random.fork_rng(devices=devices), python_draws_kept():
                     self._engines[kind] = self._fastest(work, learner, tasks, phase)
-                set_python_draws(drawn)
                 self.chosen[kind] = self._engines[kind].name
             else:
                 self._engines[kind] = kinds[self.chosen[kind]]()

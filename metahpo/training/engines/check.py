@@ -9,7 +9,7 @@ import torch
 from metahpo.errors import NetError
 from metahpo.functional import FunctionalModule
 from metahpo.functional.copies import copied
-from metahpo.inner.randomness import PythonDraws, python_draws, set_python_draws
+from metahpo.inner.randomness import PythonDraws, python_draws, python_draws_kept, set_python_draws
 from metahpo.learners.base import MetaLearner
 from metahpo.learners.maml import MAML
 from metahpo.learners.phase import Phase
@@ -32,7 +32,7 @@ def check_engine(engine: Engine, learner: MetaLearner, tasks: Task, phase: Phase
     if isinstance(engine, Auto):  # Which it takes is to be timed on the run's own batch.
         engine = engine.settle("training", learner, tasks, phase)
     task = Task(*(t[:1] for t in tasks))
-    with torch.random.fork_rng(devices=[task.query_x.device] if task.query_x.is_cuda else []):
+    with torch.random.fork_rng(devices=[task.query_x.device] if task.query_x.is_cuda else []), python_draws_kept():
         try:
             worst, name = _difference(engine, _copy(learner).double(), _double(task), phase)
             tolerance = _TOLERANCE[torch.float64]
@@ -51,8 +51,10 @@ def check_engine(engine: Engine, learner: MetaLearner, tasks: Task, phase: Phase
 def _difference(engine: Engine, learner: MetaLearner, task: Task, phase: Phase) -> tuple[float, str]:
     """The largest difference of a parameter's gradient relative to the whole gradient's norm, and whose it is."""
     found, wanted = [], []
+    drawn = python_draws()
     for each, into in ((engine, found), (Loop(), wanted)):
         torch.manual_seed(0)
+        set_python_draws(drawn)
         into.append({name: g.clone() for name, g in each.meta_gradient(learner, task, phase).grads.items()})
     return difference(found[0], wanted[0])
 
