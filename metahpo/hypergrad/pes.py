@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.func import vmap
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
-from metahpo.checks import check_number, check_whole
+from metahpo.checks import check_flag, check_number, check_whole, plain, refuse
 from metahpo.errors import HypergradientArgumentError, HypergradientError, NonFiniteError
 from metahpo.functional.trees import Params, map_tree
 from metahpo.hypergrad.base import (
@@ -75,8 +75,11 @@ class PES:
     telescoping: bool = False
 
     def __post_init__(self):
-        if type(self.particles) is not int or self.particles < 2 or self.particles % 2:
-            raise HypergradientError(f"PES: particles should be an even number of at least 2, found {self.particles!r}")
+        if not isinstance(plain(self.particles), int) or self.particles < 2 or self.particles % 2:
+            refuse(self, "particles", self.particles, "an even number of at least 2", HypergradientArgumentError)
+        object.__setattr__(self, "particles", int(self.particles))
+        for flag in ("persistent", "telescoping"):
+            check_flag(self, flag, getattr(self, flag), error=HypergradientArgumentError)
         object.__setattr__(
             self, "sigma", check_number(self, "sigma", self.sigma, above=0, error=HypergradientArgumentError)
         )
@@ -84,7 +87,7 @@ class PES:
             self, "seed", check_whole(self, "seed", self.seed, at_least=0, error=HypergradientArgumentError)
         )
         if self.telescoping and not self.persistent:
-            raise HypergradientError("PES: telescoping needs persistent=True, which carries the losses on")
+            raise HypergradientArgumentError("PES: telescoping needs persistent=True, which carries the losses on")
 
     def __call__(
         self,

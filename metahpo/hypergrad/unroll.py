@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from metahpo.errors import HypergradientError
+from metahpo.checks import check_callable, check_whole, refuse
+from metahpo.errors import HypergradientArgumentError
 from metahpo.functional.second_order import check_graph, second_derivatives
 from metahpo.functional.trees import Params
 from metahpo.hypergrad.base import (
@@ -48,8 +49,12 @@ class Unroll:
     truncate: int | None = None
 
     def __post_init__(self):
-        if self.truncate is not None and (type(self.truncate) is not int or self.truncate < 1):
-            raise HypergradientError(f"Unroll: truncate should be None or at least 1 step, found {self.truncate!r}")
+        check_callable(self, "gradient", self.gradient, "Reverse(), Mixed() or alike", error=HypergradientArgumentError)
+        if isinstance(self.remat, type) or not callable(getattr(self.remat, "segments", None)):
+            refuse(self, "remat", self.remat, "NoRemat(), Every(steps) or Sqrt()", HypergradientArgumentError)
+        if self.truncate is not None:
+            steps = check_whole(self, "truncate", self.truncate, at_least=1, error=HypergradientArgumentError)
+            object.__setattr__(self, "truncate", steps)
 
     def __call__(
         self,

@@ -14,7 +14,8 @@ from torch.autograd import forward_ad
 from torch.func import jvp
 from torch.utils._pytree import tree_leaves
 
-from metahpo.errors import NetError, one_line
+from metahpo.checks import check_choice
+from metahpo.errors import NetArgumentError, NetError, one_line
 from metahpo.functional.kernels import forward_mode
 from metahpo.functional.levels import under_torch_func
 from metahpo.functional.trees import Params
@@ -49,8 +50,7 @@ class Mixed:
     form: Literal["auto", "func", "dual"] = "auto"
 
     def __post_init__(self):
-        if self.form not in ("auto", "func", "dual"):
-            raise NetError(f"Mixed: form should be 'auto', 'func' or 'dual', found {self.form!r}")
+        check_choice(self, "form", self.form, ("auto", "func", "dual"), error=NetArgumentError)
 
     def __call__(
         self, loss: InnerLoss, params: Params, carry: Any, batch: Any, step: int

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from metahpo.checks import check_number
+from metahpo.errors import NetArgumentError
 from metahpo.inner.rules.base import Hyper, PerTensorRule, decayed, root
 
 
@@ -14,8 +16,8 @@ class Adagrad(PerTensorRule):
     """w <- w - lr / (1 + step * lr_decay) * g / (sqrt(sum of g^2) + eps) (Duchi et al. 2011, section 1.1, the diagonal
     form), as ``torch.optim.Adagrad``.
 
-    lr, lr_decay, weight_decay, eps: hyperparameters; one that is None is absent (as 0). initial_accumulator_value: the
-    sum before the first step, a constant. learnable: whether the outer loop learns the hyperparameters.
+    lr, lr_decay, weight_decay, eps: hyperparameters; a decay that is None is absent (as 0). initial_accumulator_value:
+    the sum before the first step, a constant. learnable: whether the outer loop learns the hyperparameters.
     """
 
     def __init__(
@@ -29,7 +31,10 @@ class Adagrad(PerTensorRule):
         learnable: bool = False,
     ):
         super().__init__()
-        self.initial_accumulator_value = initial_accumulator_value
+        start = check_number(
+            self, "initial_accumulator_value", initial_accumulator_value, at_least=0, error=NetArgumentError
+        )
+        self.initial_accumulator_value = start
         self.add_scalars(learnable, lr=lr, lr_decay=lr_decay, weight_decay=weight_decay, eps=eps)
 
     def tensor_state(self, param: Tensor) -> dict[str, Tensor]:

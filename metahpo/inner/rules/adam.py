@@ -7,6 +7,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from metahpo.checks import check_flag
+from metahpo.errors import NetArgumentError
 from metahpo.inner.rules.base import Hyper, PerTensorRule, decayed, root
 
 
@@ -14,9 +16,9 @@ class Adam(PerTensorRule):
     """Steps by the averages of gradient and squared gradient, both corrected for their start at zero (Kingma and Ba
     2015, algorithm 1), as ``torch.optim.Adam``.
 
-    lr, beta1, beta2 (of the averages), eps, weight_decay (an L2 term of the loss): hyperparameters; one that is None is
-    absent (as 0). amsgrad: the largest average of the squares so far in place of the last (Reddi et al. 2018, algorithm
-    2). learnable: whether the outer loop learns the hyperparameters.
+    lr, beta1, beta2 (of the averages, below 1), eps, weight_decay (an L2 term of the loss; None: absent, as 0):
+    hyperparameters. amsgrad: the largest average of the squares so far in place of the last (Reddi et al. 2018,
+    algorithm 2). learnable: whether the outer loop learns the hyperparameters.
     """
 
     def __init__(
@@ -31,7 +33,7 @@ class Adam(PerTensorRule):
         learnable: bool = False,
     ):
         super().__init__()
-        self.amsgrad = amsgrad
+        self.amsgrad = check_flag(self, "amsgrad", amsgrad, error=NetArgumentError)
         self.add_scalars(learnable, lr=lr, beta1=beta1, beta2=beta2, eps=eps, weight_decay=weight_decay)
 
     def tensor_state(self, param: Tensor) -> dict[str, Tensor]:

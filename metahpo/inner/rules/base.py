@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from metahpo.checks import check_flag, check_number
+from metahpo.checks import check_flag, check_number, refuse
 from metahpo.errors import NetArgumentError
 from metahpo.functional.trees import Params
 
@@ -16,6 +16,9 @@ RuleState = Any
 # The hyperparameters of one tensor at one step, by name.
 Hyper = Mapping[str, Tensor]
 _NOT_NEGATIVE = ("lr", "momentum", "weight_decay", "lr_decay", "eps", "damping", "beta1", "beta2", "alpha", "rho")
+# Weights of a running average, and what no rule can be without.
+_BELOW_ONE, _AT_MOST_ONE = ("beta1", "beta2"), ("alpha", "rho")
+_NEEDED = ("lr", "eps", "damping", *_BELOW_ONE, *_AT_MOST_ONE)
 # In the state of a tensor: the number of steps whose loss did not use it, where there were any.
 _SKIPPED = "skipped"
 
@@ -43,13 +46,18 @@ class UpdateRule(nn.Module):
         raise TypeError(f"{type(self).__name__} does not define forward(params, grads, state, step)")
 
     def add_scalars(self, learnable: bool, **values: float | None) -> None:
-        """Makes each value a hyperparameter, a scalar ``nn.Parameter`` of torch's default type; None: it is absent."""
+        """Makes each value a hyperparameter, a scalar ``nn.Parameter`` of torch's default type; None: it is absent.
+
+        Raises:
+            NetArgumentError: For what is no number or out of its bounds; for None where no optimiser does without.
+        """
         learnable = check_flag(self, "learnable", learnable, error=NetArgumentError)
         for name, value in values.items():
-            if value is not None:
+            if value is not None or name in _NEEDED:
                 # No optimiser has one of these below zero; another may be of any sign.
                 low = 0 if name in _NOT_NEGATIVE else None
-                number = check_number(self, name, value, at_least=low, error=NetArgumentError)
+                high = {"below": 1 if name in _BELOW_ONE else None, "at_most": 1 if name in _AT_MOST_ONE else None}
+                number = check_number(self, name, value, at_least=low, **high, error=NetArgumentError)
                 self.register_parameter(name, nn.Parameter(torch.tensor(number), requires_grad=learnable))
 
 
@@ -105,6 +113,14 @@ class PerTensorRule(UpdateRule):
         skipped = own.pop(_SKIPPED)
         param, own = self.update(param, grad, own, step - skipped, hyper)
         return param, {**own, _SKIPPED: skipped}
+
+
+def checked_params(rule: UpdateRule, params: Params) -> Params:
+    """The tensors by name that a rule is made for; raises NetArgumentError for anything else, and for none."""
+    named = isinstance(params, Mapping) and params and all(isinstance(p, Tensor) for p in params.values())
+    if not named:
+        refuse(rule, "params", params, "the tensors to update by name, at least one", NetArgumentError)
+    return params
 
 
 def decayed(param: Tensor, grad: Tensor, hyper: Hyper) -> Tensor:

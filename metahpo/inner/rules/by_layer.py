@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 
 from torch import Tensor, nn
 
-from metahpo.checks import check_flag, check_whole
+from metahpo.checks import check_flag, check_whole, refuse
 from metahpo.errors import NetArgumentError, NetError
 from metahpo.inner.rules.base import Hyper, PerTensorRule
 
@@ -33,17 +33,15 @@ class ByLayer(PerTensorRule):
         learnable: bool = True,
     ):
         super().__init__()
-        phases = check_whole(self, "phases", phases, error=NetArgumentError)
-        steps = None if steps is None else check_whole(self, "steps", steps, error=NetArgumentError)
+        phases = check_whole(self, "phases", phases, at_least=1, error=NetArgumentError)
+        steps = None if steps is None else check_whole(self, "steps", steps, at_least=1, error=NetArgumentError)
         learnable = check_flag(self, "learnable", learnable, error=NetArgumentError)
-        self.names, self.phases, self.steps = tuple(names), phases, steps or phases
-        own = dict(rule.named_parameters())
-        if not isinstance(rule, PerTensorRule) or not own or any(p.ndim for p in own.values()):
-            raise NetError(f"ByLayer: rule should have scalar hyperparameters, found {type(rule).__name__}")
-        if len(set(self.names)) != len(self.names):
-            raise NetError(f"ByLayer: names should differ, found {', '.join(self.names)}")
-        if phases < 1 or (phases > 1 and steps is None) or self.steps < phases:
-            raise NetError(f"ByLayer: {phases} phases need at least as many steps, found steps={steps}")
+        self.names, self.phases, self.steps = checked_names(self, names), phases, steps or phases
+        own = dict(rule.named_parameters()) if isinstance(rule, PerTensorRule) else {}
+        if not own or any(p.ndim for p in own.values()):
+            refuse(self, "rule", rule, "a rule with scalar hyperparameters, such as SGD(lr)", NetArgumentError)
+        if (phases > 1 and steps is None) or self.steps < phases:
+            raise NetArgumentError(f"ByLayer: {phases} phases need at least as many steps, found steps={steps}")
         for key, value in own.items():
             table = value.detach().repeat(len(self.names), phases)
             self.register_parameter(key, nn.Parameter(table, requires_grad=learnable))
@@ -71,3 +69,11 @@ class ByLayer(PerTensorRule):
     def by_name(self, hyperparameter: str = "lr") -> dict[str, Tensor]:
         """The values of one hyperparameter for each tensor, [phases]."""
         return dict(zip(self.names, self._parameters[hyperparameter].detach().unbind()))  # type: ignore[union-attr]
+
+
+def checked_names(owner: object, names: Iterable[str]) -> tuple[str, ...]:
+    """The names of tensors; raises NetArgumentError for no list of them, an empty one, and names given twice."""
+    listed = tuple(names) if isinstance(names, Iterable) and not isinstance(names, str) else ()
+    if not listed or not all(isinstance(name, str) for name in listed) or len(set(listed)) != len(listed):
+        refuse(owner, "names", names, "a list of the tensors' names, at least one and all different", NetArgumentError)
+    return listed

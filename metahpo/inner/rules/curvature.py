@@ -9,6 +9,8 @@ from torch import Tensor
 from torch.func import grad
 from torch.utils._pytree import tree_leaves
 
+from metahpo.checks import check_type
+from metahpo.errors import NetArgumentError
 from metahpo.functional.trees import Params
 from metahpo.inner.gradient import StepLoss
 from metahpo.inner.linear_solve import ConjugateGradients, solve
@@ -29,7 +31,8 @@ class CurvatureRule(UpdateRule):
 
     def __init__(self, solver: ConjugateGradients):
         super().__init__()
-        self.solver = solver
+        expected = "ConjugateGradients(...)"
+        self.solver = check_type(self, "solver", solver, ConjugateGradients, expected, error=NetArgumentError)
 
     def product(self, params: Params, direction: Params, loss: StepLoss) -> Params:
         """C times ``direction`` at ``params``."""

@@ -9,11 +9,13 @@ import torch
 from torch import Tensor
 from torch.func import grad, jvp
 
+from metahpo.checks import check_callable
+from metahpo.errors import NetArgumentError
 from metahpo.functional.kernels import forward_mode
 from metahpo.functional.trees import Params
 from metahpo.inner.gradient import StepLoss
 from metahpo.inner.linear_solve import ConjugateGradients
-from metahpo.inner.rules.curvature import hessian_product
+from metahpo.inner.rules.curvature import CurvatureRule, hessian_product
 from metahpo.inner.rules.newton import Newton
 
 # (params, batch) -> outputs z, any shape; (z, batch) -> scalar.
@@ -42,10 +44,17 @@ class GaussNewton(Newton):
         learnable: bool = False,
     ):
         super().__init__(lr, damping, solver=solver, learnable=learnable)
-        self.outputs, self.criterion = outputs, criterion
+        self.outputs, self.criterion = checked_parts(self, outputs, criterion)
 
     def product(self, params: Params, direction: Params, loss: StepLoss) -> Params:
         return gauss_newton_product(self.outputs, self.criterion, params, direction, loss.batch)
+
+
+def checked_parts(rule: CurvatureRule, outputs: Outputs, criterion: Criterion) -> tuple[Outputs, Criterion]:
+    """Both, if they are functions; else NetArgumentError."""
+    check_callable(rule, "outputs", outputs, "a function of params and batch", error=NetArgumentError)
+    check_callable(rule, "criterion", criterion, "a function of outputs and batch", error=NetArgumentError)
+    return outputs, criterion
 
 
 def gauss_newton_product(

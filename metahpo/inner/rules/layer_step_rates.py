@@ -7,10 +7,11 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from metahpo.checks import check_flag
+from metahpo.checks import check_flag, check_number, check_whole
 from metahpo.errors import NetArgumentError, NetError
 from metahpo.functional.trees import Params
 from metahpo.inner.rules.base import RuleState, UpdateRule
+from metahpo.inner.rules.by_layer import checked_names
 
 
 class LayerStepRates(UpdateRule):
@@ -23,9 +24,11 @@ class LayerStepRates(UpdateRule):
 
     def __init__(self, names: Iterable[str], steps: int, lr: float, *, learnable: bool = True):
         super().__init__()
-        self.names = tuple(names)
+        self.names = checked_names(self, names)
+        steps = check_whole(self, "steps", steps, at_least=1, error=NetArgumentError)
+        lr = check_number(self, "lr", lr, error=NetArgumentError)
         learnable = check_flag(self, "learnable", learnable, error=NetArgumentError)
-        self.rates = nn.Parameter(torch.full((len(self.names), int(steps)), float(lr)), requires_grad=learnable)
+        self.rates = nn.Parameter(torch.full((len(self.names), steps), lr), requires_grad=learnable)
         self._row = {name: i for i, name in enumerate(self.names)}
 
     def forward(self, params: Params, grads: Params, state: RuleState, step: int) -> tuple[Params, RuleState]:

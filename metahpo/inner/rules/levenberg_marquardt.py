@@ -12,7 +12,7 @@ from metahpo.inner.gradient import StepLoss
 from metahpo.inner.linear_solve import ConjugateGradients
 from metahpo.inner.rules.base import RuleState
 from metahpo.inner.rules.curvature import CurvatureRule, flat, split
-from metahpo.inner.rules.gauss_newton import Criterion, Outputs, gauss_newton_product
+from metahpo.inner.rules.gauss_newton import Criterion, Outputs, checked_parts, gauss_newton_product
 
 
 class LevenbergMarquardt(CurvatureRule):
@@ -23,7 +23,8 @@ class LevenbergMarquardt(CurvatureRule):
     the quadratic model predicts, and by ``down`` where by more than three quarters.
 
     outputs, criterion, solver: as ``GaussNewton``. damping: the initial one, a hyperparameter; learnable: whether the
-    outer loop learns it. up, down: constants. An outer gradient takes the choices of every step as they fell.
+    outer loop learns it. up, down: constants, at least 1 and at most 1. An outer gradient takes the choices of every
+    step as they fell.
     """
 
     damping: Tensor
@@ -40,8 +41,9 @@ class LevenbergMarquardt(CurvatureRule):
         learnable: bool = False,
     ):
         super().__init__(solver)
-        self.outputs, self.criterion = outputs, criterion
-        self.up, self.down = (check_number(self, n, v, error=NetArgumentError) for n, v in (("up", up), ("down", down)))
+        self.outputs, self.criterion = checked_parts(self, outputs, criterion)
+        self.up = check_number(self, "up", up, at_least=1, error=NetArgumentError)
+        self.down = check_number(self, "down", down, above=0, at_most=1, error=NetArgumentError)
         self.add_scalars(learnable, damping=damping)
 
     def init(self, params: Params) -> RuleState:

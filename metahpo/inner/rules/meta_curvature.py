@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from metahpo.checks import check_flag, check_number
 from metahpo.errors import NetArgumentError
 from metahpo.functional.trees import Params
-from metahpo.inner.rules.base import RuleState, UpdateRule
+from metahpo.inner.rules.base import RuleState, UpdateRule, checked_params
 
 
 class MetaCurvature(UpdateRule):
@@ -24,7 +24,7 @@ class MetaCurvature(UpdateRule):
         super().__init__()
         self.lr = check_number(self, "lr", lr, error=NetArgumentError)
         learnable = check_flag(self, "learnable", learnable, error=NetArgumentError)
-        self.names = tuple(params)
+        self.names = tuple(checked_params(self, params))
         self.matrices = nn.ModuleList(
             nn.ParameterList(
                 nn.Parameter(torch.eye(size, dtype=p.dtype, device=p.device), learnable)

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from metahpo.checks import check_flag
+from metahpo.errors import NetArgumentError
 from metahpo.inner.rules.base import Hyper, PerTensorRule, decayed, root
 
 
@@ -14,8 +16,8 @@ class RMSprop(PerTensorRule):
     """w <- w - lr * g / (sqrt(average of g^2) + eps) (Tieleman and Hinton 2012, lecture 6.5), with momentum and,
     centred, the variance in place of the square (Graves 2013, equations 38 to 41), as ``torch.optim.RMSprop``.
 
-    lr, alpha (of the averages), eps, weight_decay, momentum: hyperparameters; one that is None is absent (as 0).
-    learnable: whether the outer loop learns them.
+    lr, alpha (of the averages), eps, weight_decay, momentum: hyperparameters; of the last two one that is None is
+    absent (as 0). learnable: whether the outer loop learns them.
     """
 
     def __init__(
@@ -30,7 +32,7 @@ class RMSprop(PerTensorRule):
         learnable: bool = False,
     ):
         super().__init__()
-        self.centered = centered
+        self.centered = check_flag(self, "centered", centered, error=NetArgumentError)
         self._has_momentum = momentum is not None
         self.add_scalars(learnable, lr=lr, alpha=alpha, eps=eps, weight_decay=weight_decay, momentum=momentum)
 

@@ -7,8 +7,8 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from metahpo.checks import check_flag, check_whole
-from metahpo.errors import NetArgumentError, NetError
+from metahpo.checks import check_flag, check_number, check_type, check_whole, refuse
+from metahpo.errors import NetArgumentError
 from metahpo.inner.rules.base import Hyper, PerTensorRule
 
 
@@ -24,16 +24,14 @@ class Scheduled(PerTensorRule):
 
     def __init__(self, rule: PerTensorRule, factors: Sequence[float], every: int = 1, *, learnable: bool = True):
         super().__init__()
-        if not isinstance(rule, PerTensorRule):
-            raise NetError(f"Scheduled: rule should treat each tensor on its own, found {type(rule).__name__}")
-        if len(factors) == 0 or every < 1:
-            raise NetError(
-                f"Scheduled: expected factors and every at least 1, found {len(factors)} factors, every {every}"
-            )
-        self.rule = rule
-        self.every = check_whole(self, "every", every, error=NetArgumentError)
+        expected = "a rule that treats each tensor on its own, such as SGD(lr)"
+        self.rule = check_type(self, "rule", rule, PerTensorRule, expected, error=NetArgumentError)
+        if not isinstance(factors, Iterable) or isinstance(factors, str) or len(factors) == 0:
+            refuse(self, "factors", factors, "a list of at least one number", NetArgumentError)
+        numbers = [check_number(self, f"factors[{i}]", f, error=NetArgumentError) for i, f in enumerate(factors)]
+        self.every = check_whole(self, "every", every, at_least=1, error=NetArgumentError)
         learnable = check_flag(self, "learnable", learnable, error=NetArgumentError)
-        self.factors = nn.Parameter(torch.tensor([float(f) for f in factors]), requires_grad=learnable)
+        self.factors = nn.Parameter(torch.tensor(numbers), requires_grad=learnable)
 
     def tensor_state(self, param: Tensor) -> dict[str, Tensor]:
         return self.rule.tensor_state(param)

@@ -7,7 +7,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from metahpo.errors import NetError
+from metahpo.checks import check_flag
+from metahpo.errors import NetArgumentError
 from metahpo.inner.rules.base import Hyper, PerTensorRule, decayed
 
 
@@ -15,7 +16,8 @@ class SGD(PerTensorRule):
     """w <- w - lr * gradient (the inner rule of MAML, Finn et al. 2017, equation 1); with momentum, dampening, weight
     decay and Nesterov's momentum (Sutskever et al. 2013, section 2) as ``torch.optim.SGD``.
 
-    lr, momentum, dampening, weight_decay: hyperparameters; one that is None is absent (as 0, and not learnt).
+    lr, momentum, dampening, weight_decay: hyperparameters; of the last three one that is None is absent (as 0, and not
+    learnt).
     learnable: whether the outer loop learns them. Raises NetError for dampening or nesterov without momentum, or both.
     """
 
@@ -30,10 +32,11 @@ class SGD(PerTensorRule):
         learnable: bool = False,
     ):
         super().__init__()
+        nesterov = check_flag(self, "nesterov", nesterov, error=NetArgumentError)
         if momentum is None and (nesterov or dampening is not None):
-            raise NetError(f"SGD: {'nesterov' if nesterov else 'dampening'} needs a momentum, found None")
+            raise NetArgumentError(f"SGD: {'nesterov' if nesterov else 'dampening'} needs a momentum, found None")
         if nesterov and dampening is not None:
-            raise NetError(f"SGD: nesterov goes without dampening, found {dampening}")
+            raise NetArgumentError(f"SGD: nesterov goes without dampening, found {dampening}")
         self.nesterov = nesterov
         self._has_momentum = momentum is not None
         self.add_scalars(learnable, lr=lr, momentum=momentum, dampening=dampening, weight_decay=weight_decay)

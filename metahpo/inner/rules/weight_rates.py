@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from metahpo.checks import check_flag
+from metahpo.checks import check_flag, check_number, check_whole
 from metahpo.errors import NetArgumentError, NetError
 from metahpo.functional.trees import Params
-from metahpo.inner.rules.base import RuleState, UpdateRule
+from metahpo.inner.rules.base import RuleState, UpdateRule, checked_params
 
 
 class WeightRates(UpdateRule):
@@ -22,10 +22,12 @@ class WeightRates(UpdateRule):
 
     def __init__(self, params: Params, lr: float, *, steps: int | None = None, learnable: bool = True):
         super().__init__()
-        self.names = tuple(params)
+        self.names = tuple(checked_params(self, params))
+        lr = check_number(self, "lr", lr, error=NetArgumentError)
+        steps = 1 if steps is None else check_whole(self, "steps", steps, at_least=1, error=NetArgumentError)
         learnable = check_flag(self, "learnable", learnable, error=NetArgumentError)
         self.rates = nn.ParameterList(
-            nn.Parameter(torch.full((steps or 1, *p.shape), float(lr), dtype=p.dtype, device=p.device), learnable)
+            nn.Parameter(torch.full((steps, *p.shape), lr, dtype=p.dtype, device=p.device), learnable)
             for p in params.values()
         )
 

@@ -87,11 +87,11 @@ def test_what_does_not_fit_is_refused():
         ByLayer(SGD(0.1), ["a", "b"])({"c": torch.ones(1)}, {"c": torch.ones(1)}, None, 0)
     with pytest.raises(NetError, match="3 phases need at least as many steps, found steps=2"):
         ByLayer(SGD(0.1), ["a"], phases=3, steps=2)
-    with pytest.raises(NetError, match="names should differ, found a, a"):
+    with pytest.raises(NetError, match=r"names should be a list .* all different, found"):
         ByLayer(SGD(0.1), ["a", "a"])
-    with pytest.raises(NetError, match="scalar hyperparameters, found ByLayer"):
+    with pytest.raises(NetError, match=r"scalar hyperparameters, such as .*, found ByLayer"):
         ByLayer(ByLayer(SGD(0.1), ["a"]), ["a"])
     with pytest.raises(NetError, match="found LayerStepRates"):
         Scheduled(LayerStepRates(["a"], 1, 0.1), [1.0])
-    with pytest.raises(NetError, match="found 0 factors"):
+    with pytest.raises(NetError, match="list of at least one number, found"):
         Scheduled(SGD(0.1), [])
