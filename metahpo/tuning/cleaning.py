@@ -48,9 +48,10 @@ def clean(
     through all these steps; this is repeated with other initial weights of the net.
 
     These weights say what helps the trusted examples, which is not whether a label is right: where few are wrong, half
-    of the right ones get a low weight too. So nets that are trained with them, and that have not seen the label, look
-    again (``second_look``), and what they say decides. All examples are kept where leaving the suspected ones out gains
-    nothing on trusted examples that the nets have not seen.
+    of the right ones get a low weight too. So nets that are trained with them, and others that learn hardly more than
+    the trusted examples, look again at labels that they have not seen (``second_look``), and what they say decides. All
+    examples are kept where to leave the suspected ones out does harm to the loss of unseen trusted examples, beyond its
+    standard error.
 
     dataset, trusted: classified examples, as a ``Dataset``, a ``DataLoader`` that does not shuffle, or a pair of
     tensors (``labelled``); trusted ones are right, and should hold every class, some tens of times. net: gives logits,

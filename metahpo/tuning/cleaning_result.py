@@ -51,7 +51,8 @@ class Cleaned:
     below it an example is suspected; data: the examples; history: a row an update; warnings: a line each.
     gradient_weights: [N] in 0...1, as the gradient of the trusted examples' loss left them; suggested: [N], the
     likeliest label other than the given one. gain: by how much the cross-entropy of trusted examples that a net has not
-    seen falls if the suspected ones are left out; error: the standard error of that.
+    seen falls if the suspected ones are left out, its probabilities at their best temperature; error: the standard
+    error of that.
     """
 
     weights: Tensor
@@ -66,8 +67,9 @@ class Cleaned:
 
     @property
     def keep_all(self) -> bool:
-        """Whether to leave out the examples of low weight gains no more than luck may give: then none is suspected."""
-        return not self.gain > self.error
+        """Whether to leave out the examples of low weight does harm beyond luck, or there are none: then none is
+        suspected."""
+        return not self.gain > -self.error
 
     @property
     def suspected(self) -> Tensor:
@@ -94,10 +96,10 @@ class Cleaned:
         count, total = int((self.weights < self.threshold).sum()), len(self.weights)
         if not count:
             return f"keep all {total} examples: no label looks wrong"
-        trusted = f"trusted examples' loss by {self.gain:.2g} ± {self.error:.2g}"
+        trusted = f"trusted examples' loss by {-self.gain:+.2g} ± {self.error:.2g}"
         if self.keep_all:
-            return f"keep all {total} examples: to leave out the {count} likeliest wrong ones lowers the {trusted}"
-        return f"leave out or relabel {count} of {total} examples: without them the net lowers the {trusted}"
+            return f"keep all {total} examples: to leave out the {count} likeliest wrong ones changes the {trusted}"
+        return f"leave out or relabel {count} of {total} examples: that changes the {trusted}"
 
     @property
     def _low(self) -> Tensor:

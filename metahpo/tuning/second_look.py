@@ -15,7 +15,10 @@ from metahpo.tuning.data import Labelled
 # Trains on examples with weights and gives a function from inputs [N, ...] to logits [N, C].
 Train = Callable[[Labelled, Tensor, int], Callable[[Tensor], Tensor]]
 
-FOLDS, ROUNDS, STEPS = 5, 2, 200
+FOLDS, ROUNDS, STEPS = 5, 3, 200
+# The weight of every example for nets that learn from the trusted ones: small, but not 0, as there may be no trusted
+# example beside a fold.
+FAINT = 1e-3
 # So many examples a class are imagined whose mistakes fall on all other classes alike.
 IMAGINED = 10.0
 
@@ -27,7 +30,8 @@ class SecondLook:
     right [N]: the probability that an example's label is right; suggested [N]: the likeliest other
     one.
     gain: by how much the cross-entropy of trusted examples that a net has not seen falls if the
-    suspected examples are left out; error: the standard error of that.
+    suspected examples are left out, its probabilities at their best temperature; error: the
+    standard error of that.
     """
 
     right: Tensor
@@ -37,8 +41,12 @@ class SecondLook:
 
     @property
     def worthwhile(self) -> bool:
-        """Whether the gain is more than luck may give: above its standard error."""
-        return self.gain > self.error
+        """Whether to leave the suspected examples out does no harm: no loss beyond the standard error.
+
+        The probabilities already say that these labels are wrong. Few trusted examples show no gain
+        even where that is true, so they have to speak against it.
+        """
+        return self.gain > -self.error
 
 
 def second_look(
@@ -47,11 +55,13 @@ def second_look(
     """Judges each label by a net that was trained without it.
 
     Both sets are cut into folds. For each fold a net is trained on the weighted examples and the
-    trusted ones of the others; on the fold's trusted examples it learns how far its probabilities
-    are to be believed (one temperature: Guo et al. 2017), and on the other examples it is asked.
-    From its answers and the labels follow the rates at which one class is labelled as another, by
-    expectation maximisation, and so the probability that a label is right: where few are wrong, a
-    net has to be very sure to contradict one. These are the weights of the next round.
+    trusted ones of the others; in the first round so is one on hardly more than the trusted ones,
+    which no wrong label misleads, and the two give the mean of their probabilities. On the fold's
+    trusted examples a net learns how far its probabilities are to be believed (one temperature:
+    Guo et al. 2017), and on the other examples it is asked. From its answers and the labels follow
+    the rates at which one class is labelled as another, by expectation maximisation, and so the
+    probability that a label is right: where few are wrong, a net has to be very sure to contradict
+    one. These are the weights of the next round.
 
     Args:
         data, trusted: The examples; ``trusted`` have right labels.
@@ -70,18 +80,21 @@ def second_look(
     posterior = torch.empty(0)
     rows = torch.arange(len(data.y), device=data.y.device)
     for number in range(ROUNDS):
-        logits, known = outputs(weights, number)
-        posterior = label_posterior((_temperature(known, trusted.y) * logits).softmax(1), data.y)
+        judges = [weights] if number else [weights, torch.full_like(weights, FAINT)]
+        probabilities = []
+        for each in judges:
+            logits, known = outputs(each, number)
+            probabilities.append((_temperature(known, trusted.y) * logits).softmax(1))
+        posterior = label_posterior(torch.stack(probabilities).mean(0), data.y)
         weights = posterior[rows, data.y]
     kept = weights >= threshold
     gain = error = 0.0
     if not bool(kept.all()):
         # The same numbers: of the two trainings only the examples differ.
-        losses = [
-            F.cross_entropy(outputs(each, ROUNDS)[1], trusted.y, reduction="none")
-            for each in (torch.ones_like(weights), kept.to(weights))
-        ]
-        difference = losses[0] - losses[1]
+        before, after = (
+            outputs(each, ROUNDS)[1] for each in (torch.ones_like(weights), kept.to(weights))
+        )
+        difference = _calibrated_losses(before, trusted.y) - _calibrated_losses(after, trusted.y)
         gain = float(difference.mean())
         error = float(difference.std(correction=0)) / len(difference) ** 0.5
     if posterior.shape[1] > 1:
@@ -172,3 +185,8 @@ def _temperature(logits: Tensor, labels: Tensor) -> float:
     """The factor of the logits that makes the labels likeliest."""
     factors = torch.logspace(-1.5, 1.5, 121).tolist()
     return min(factors, key=lambda factor: float(F.cross_entropy(factor * logits, labels)))
+
+
+def _calibrated_losses(logits: Tensor, labels: Tensor) -> Tensor:
+    """The cross-entropy of each example [N]; a net that is too sure of itself is not blamed for it."""
+    return F.cross_entropy(_temperature(logits, labels) * logits, labels, reduction="none")
