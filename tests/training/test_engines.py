@@ -334,10 +334,12 @@ def small() -> MAML:
 
 
 def test_a_compiled_record_equals_loop():
-    learner, engine = small(), Graph()
-    # No trial programs for the CPU's vector instructions, no headers or processes kept for the next kernels.
+    from torch._inductor import config
+
+    # One weight, which is one kernel: a C++ compiler takes seconds for each, and for trial programs and headers.
+    learner, engine = MAML(nn.Linear(1, 1, bias=False), steps=1, loss=F.mse_loss).double(), Graph()
     options = {"cpp.vec_isa_ok": False, "cpp_cache_precompile_headers": False, "compile_threads": 1}
-    with torch._inductor.config.patch(options), warnings.catch_warnings():
+    with config.patch(options), warnings.catch_warnings():
         warnings.filterwarnings("error", message="engine")
         for _ in range(2):
             found = engine.meta_gradient(learner, sines(), Phase(training=True))
