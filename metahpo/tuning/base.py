@@ -9,6 +9,8 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
+from metahpo.checks import check_callable
+from metahpo.errors import ConfigArgumentError
 from metahpo.training.environment import progress
 from metahpo.training.metrics import Row
 
@@ -27,6 +29,23 @@ class Result(Protocol):
     def tensors(self) -> dict[str, Any]:
         """The findings as tensors and plain values, as ``torch.load(file, weights_only=True)`` reads them."""
         ...
+
+
+def check_on_step(function: Callable[..., Any], on_step: Any) -> None:
+    """Raises ArgumentError unless it is a function or None."""
+    if on_step is not None:
+        check_callable(function.__name__, "on_step", on_step, "a function of each step's figures, or None")
+
+
+def check_loss(tuner: Tuner, loss: Any, forward: Any) -> None:
+    """Raises ConfigArgumentError unless one of them is a function and the other None."""
+    if (loss is None) == (forward is None):
+        both = "neither" if loss is None else "both"
+        raise ConfigArgumentError(f"loss: found {both} of loss and forward, expected one of them")
+    if forward is None:
+        check_callable(tuner, "loss", loss, "a function of outputs and targets", error=ConfigArgumentError)
+    else:
+        check_callable(tuner, "forward", forward, "a function of net and batch", error=ConfigArgumentError)
 
 
 class Tuner:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, SequentialSampler
 
-from metahpo.errors import DataError
+from metahpo.errors import ConfigArgumentError, DataArgumentError, DataError
 from metahpo.functional.module import FunctionalModule
 from metahpo.functional.trees import Params
 from metahpo.hypergrad.unroll import Unroll
@@ -19,7 +19,7 @@ from metahpo.inner.rules.sgd import SGD
 from metahpo.nets.mlp import MLP
 from metahpo.training.environment import seeded
 from metahpo.training.metrics import Row
-from metahpo.tuning.base import Tuner, test
+from metahpo.tuning.base import Tuner, check_on_step, test
 from metahpo.tuning.cleaning_result import Cleaned
 from metahpo.tuning.data import Labelled, labelled
 from metahpo.tuning.initial import InitialNets, NetOrFactory
@@ -62,6 +62,12 @@ def clean(
     Raises ConfigError for settings, DataError and NetError for what does not fit, NonFiniteError for a training that
     diverges.
     """
+    if "forward" in settings:
+        raise ConfigArgumentError(
+            "clean: takes no forward: it judges labels by the logits of each example; give pairs (examples, labels) "
+            "and a net that gives logits [N, classes] of the examples"
+        )
+    check_on_step(clean, on_step)
     tuner = CleaningTuner(dataset, trusted, net, CleaningSettings.of(**settings), device)
     tuner.run(each=on_step)
     return tuner.result()
@@ -93,7 +99,7 @@ class CleaningTuner(Tuner):
         self.data, self.trusted = (labelled(d, what, whole=True) for d, what in parts)
         for what, data in (("dataset", self.data), ("trusted", self.trusted)):
             if data.y.is_floating_point():
-                raise DataError(f"{what}: found targets of {data.y.dtype}, expected labels of classes")
+                raise DataArgumentError(f"{what}: found targets of {data.y.dtype}, expected labels of classes")
         if net is None:
             classes = max(self.data.classes, self.trusted.classes)
             with seeded(settings.seed, _START):

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
-from metahpo.errors import DataError, one_line
+from metahpo.errors import DataArgumentError, DataError, one_line
 from metahpo.tasks.digits import digit_images
 
 
@@ -41,7 +41,7 @@ class Examples:
             tree = tree_map(lambda *each: torch.cat(each), *parts)
         sizes = {len(leaf) if isinstance(leaf, Tensor) and leaf.dim() else 0 for leaf in tree_leaves(tree)}
         if len(sizes) != 1 or 0 in sizes:
-            raise DataError(
+            raise DataArgumentError(
                 f"{what}: expected a Dataset, a DataLoader, or a dict or tuple of tensors [N, ...] of one N, at least 1"
             )
         self.tree, self.size = tree, sizes.pop()
@@ -61,7 +61,8 @@ def labelled(data: Any, what: str = "dataset", *, whole: bool = False) -> Labell
 
     data: a ``Labelled``, a pair of tensors, a ``Dataset`` of (x, y), or a ``DataLoader``, whose batches are joined.
     whole: whether examples of whole numbers (token ids) are taken, as they are.
-    Raises DataError, which begins with ``what``, where examples are missing, of different shapes, or not numbers.
+    Raises DataArgumentError, which begins with ``what``, where examples are missing, of different shapes, or not
+    numbers.
     """
     try:
         if isinstance(data, TensorDataset):
@@ -76,21 +77,29 @@ def labelled(data: Any, what: str = "dataset", *, whole: bool = False) -> Labell
             x, y = (torch.as_tensor(value) for value in data)
     except (ValueError, TypeError, RuntimeError) as error:
         line = one_line(error)
-        raise DataError(f"{what}: expected pairs of examples and targets as tensors of one shape: {line}") from None
+        raise DataArgumentError(
+            f"{what}: expected pairs of examples and targets as tensors of one shape: {line}"
+        ) from None
     if not x.dim() or not y.dim():
-        raise DataError(f"{what}: found single values, expected examples [N, ...] and targets [N, ...]")
+        raise DataArgumentError(
+            f"{what}: found single values, expected examples [N, ...] and targets [N, ...]"
+        )
     if len(x) != len(y) or not len(x):
-        raise DataError(f"{what}: found {len(x)} examples and {len(y)} targets, expected as many of both, at least 1")
+        raise DataArgumentError(
+            f"{what}: found {len(x)} examples and {len(y)} targets, expected as many of both, at least 1"
+        )
     if not x.is_floating_point() and not (whole and not x.is_complex()):
-        raise DataError(f"{what}: the examples are {x.dtype}, expected floating point")
+        raise DataArgumentError(f"{what}: the examples are {x.dtype}, expected floating point")
     if y.is_floating_point() and y.dim() < 2:
-        raise DataError(
+        raise DataArgumentError(
             f"{what}: the targets are {y.dtype} {list(y.shape)}; expected values [N, D], or whole labels [N]"
         )
     if not y.is_floating_point():
         y = y.long()
         if y.dim() != 1 or int(y.min()) < 0:
-            raise DataError(f"{what}: the labels are {list(y.shape)}, least {int(y.min())}; expected [N] from 0 on")
+            raise DataArgumentError(
+                f"{what}: the labels are {list(y.shape)}, least {int(y.min())}; expected [N] from 0 on"
+            )
     return Labelled(x, y)
 
 

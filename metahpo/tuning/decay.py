@@ -10,7 +10,8 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from metahpo.errors import ConfigError, NetError, NonFiniteError
+from metahpo.checks import check_type
+from metahpo.errors import ConfigError, NetArgumentError, NetError, NonFiniteError
 from metahpo.functional.module import FunctionalModule
 from metahpo.functional.trees import Params
 from metahpo.hypergrad.base import InnerState
@@ -19,7 +20,7 @@ from metahpo.hypergrad.solvers import Neumann, Product, Solution
 from metahpo.inner.problem import InnerProblem
 from metahpo.training.environment import seeded
 from metahpo.training.metrics import Row
-from metahpo.tuning.base import Tuner, test
+from metahpo.tuning.base import Tuner, check_loss, check_on_step, test
 from metahpo.tuning.data import Examples, Labelled, labelled
 from metahpo.tuning.decay_result import ALL, Decay
 from metahpo.tuning.network import Loss, WholeBatch, check_fits, device_for, with_weights
@@ -64,6 +65,7 @@ def tune_decay(
     Raises ConfigError for settings, DataError and NetError for what does not fit, NonFiniteError for a training that
     diverges.
     """
+    check_on_step(tune_decay, on_step)
     tuner = DecayTuner(net, loss, train, val, DecaySettings.of(**settings), device, forward)
     tuner.run(each=on_step)
     return tuner.result()
@@ -84,10 +86,9 @@ class DecayTuner(Tuner):
         device: torch.device | str | None = None,
         forward: Forward | None = None,
     ):
-        if (loss is None) == (forward is None):
-            both = "neither" if loss is None else "both"
-            raise ConfigError(f"loss: found {both} of loss and forward, expected one of them")
+        check_loss(self, loss, forward)
         self.forward, self._prefix = forward, "net." if forward else ""
+        check_type(self, "net", net, nn.Module, "a torch.nn.Module", error=NetArgumentError)
         super().__init__(-(-settings.steps // settings.every))
         self.settings, self.loss, self.device = settings, loss, device_for(net, device)
         parts = ((train, "train"), (val, "val"))

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from metahpo.errors import NetError, one_line
+from metahpo.errors import NetArgumentError, NetError, one_line
 from metahpo.functional.copies import copied
+from metahpo.tasks.arguments import check_device
 from metahpo.training.environment import seeded
 
 NetOrFactory = nn.Module | Callable[[], nn.Module]
@@ -36,9 +37,10 @@ class InitialNets:
         device: torch.device | str | None = None,
         fixed: str = "fresh=False",
     ):
-        self.source, self.device, self.fixed = source, device, fixed
+        self.source, self.fixed = source, fixed
+        self.device = None if device is None else check_device("tuning", device)
         if not isinstance(source, nn.Module) and not callable(source):
-            raise NetError(
+            raise NetArgumentError(
                 f"net: found {type(source).__name__}, expected a torch.nn.Module or a function that builds one"
             )
         self.net = self._moved(copied(source)) if isinstance(source, nn.Module) else self._built(seed)

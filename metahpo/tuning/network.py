@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from metahpo.errors import DataError, NetError, one_line
+from metahpo.errors import DataArgumentError, NetError, one_line
 from metahpo.functional.copies import copied
 from metahpo.functional.trees import Params
+from metahpo.tasks.arguments import check_device
 from metahpo.tuning.data import Labelled
 
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -40,14 +41,14 @@ def with_weights(net: nn.Module, params: Params, buffers: Params | None = None) 
 
 
 def check_fits(net: nn.Module, device: torch.device, **parts: Labelled) -> None:
-    """Raises NetError or DataError, a line that begins with the part's name, where the net cannot take its examples or
-    has no output for one of its labels, or where an example is NaN or infinite."""
+    """Raises NetError or DataArgumentError, a line that begins with the part's name, where the net cannot take its
+    examples or has no output for one of its labels, or where an example is NaN or infinite."""
     net = copied(net).to(device).eval()
     for what, data in parts.items():
         for name, values in zip(("examples", "targets"), data):
             bad = ~torch.isfinite(values.flatten(1) if values.dim() > 1 else values[:, None]).all(1)
             if bool(bad.any()):
-                raise DataError(
+                raise DataArgumentError(
                     f"{what}: {int(bad.sum())} of {len(bad)} {name} hold NaN or infinite values, the first is number "
                     f"{int(bad.nonzero()[0])}"
                 )
@@ -65,7 +66,7 @@ def check_fits(net: nn.Module, device: torch.device, **parts: Labelled) -> None:
                     "expected a row of logits each"
                 )
             if data.classes > out.shape[1]:
-                raise DataError(
+                raise DataArgumentError(
                     f"{what}: found label {data.classes - 1}, but {type(net).__name__} has {out.shape[1]} outputs"
                 )
 
@@ -73,4 +74,4 @@ def check_fits(net: nn.Module, device: torch.device, **parts: Labelled) -> None:
 def device_for(net: nn.Module, device: torch.device | str | None) -> torch.device:
     """The device asked for; None: the net's own."""
     own = next((p.device for p in net.parameters()), torch.device("cpu"))
-    return own if device is None else torch.device(device)
+    return own if device is None else check_device("tuning", device)

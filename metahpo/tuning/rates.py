@@ -10,9 +10,19 @@ from typing import Any, Literal
 import torch
 from pydantic import Field, field_validator, model_validator
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
-from metahpo.errors import ConfigError, DataError, NetError, NonFiniteError, did_you_mean, one_line
+from metahpo.checks import refuse
+from metahpo.errors import (
+    ConfigArgumentError,
+    ConfigError,
+    DataArgumentError,
+    DataError,
+    NetError,
+    NonFiniteError,
+    did_you_mean,
+    one_line,
+)
 from metahpo.functional import FunctionalModule
 from metahpo.functional.copies import copied
 from metahpo.functional.trees import Params
@@ -22,7 +32,7 @@ from metahpo.training.environment import seeded
 from metahpo.training.metrics import Row
 from metahpo.training.schedules import cosine
 from metahpo.training.settings import InnerGradientName, RematName, Settings
-from metahpo.tuning.base import Tuner, test
+from metahpo.tuning.base import Tuner, check_loss, check_on_step, test
 from metahpo.tuning.initial import InitialNets, NetOrFactory
 from metahpo.tuning.network import WholeBatch
 from metahpo.tuning.schedule import Rates
@@ -112,6 +122,7 @@ def tune_rates(
     Raises ConfigError for a setting, NetError for a net that cannot be run, DataError for loaders without batches,
     NonFiniteError where the training diverges even at the rates that it begins with.
     """
+    check_on_step(tune_rates, on_step)
     if "batch" in settings:
         raise ConfigError(f"batch: found {settings['batch']!r}, but the size of a batch is train_loader's")
     tuner = RatesTuner(net, loss, train_loader, val_loader, RatesSettings.of(**settings), device, forward)
@@ -134,9 +145,7 @@ class RatesTuner(Tuner):
         device: torch.device | str | None = None,
         forward: Forward | None = None,
     ):
-        if (loss is None) == (forward is None):
-            both = "neither" if loss is None else "both"
-            raise ConfigError(f"loss: found {both} of loss and forward, expected one of them")
+        check_loss(self, loss, forward)
         self.forward = forward
         self.settings = settings = settings or RatesSettings()
         super().__init__(settings.iterations)
@@ -174,7 +183,10 @@ class RatesTuner(Tuner):
         net = self.starts.checked(self.settings.seed) if self.settings.fresh else copied(self.net)
         with seeded(self.settings.seed, device=self.device), torch.no_grad():
             for what, loader in (("train_loader", self.train), ("val_loader", self.val)):
+                if not isinstance(loader, Iterable) or isinstance(loader, str):
+                    refuse(self, what, loader, "a DataLoader or another iterable of batches", DataArgumentError)
                 batch = self._to(take(loader, 1, what)[0])
+                _check_values(batch, what)
                 try:
                     value = self._loss(net.eval(), batch)
                 except Exception as error:
@@ -272,24 +284,29 @@ class RatesTuner(Tuner):
             self.settings.rule, self.groups, self.settings.steps, values, tuple(self.history), tuple(self.warnings)
         )
 
-    def compare(self, x: Tensor, y: Tensor) -> dict[str, Row]:
+    def compare(self, x: Any, y: Tensor | None = None) -> dict[str, Row]:
         """The net trained by plain ``torch.optim`` with the learnt rates, and with those that the tuning began with;
-        each three times from new initial weights, tested in evaluation mode."""
+        each three times from new initial weights, tested in evaluation mode.
+
+        After a tuning by ``forward``, x may be a batch as its loaders give them, without y.
+        """
+        if y is None and self.forward is None:
+            raise ConfigArgumentError("compare: found no y, which a tuning by loss needs")
         learnt = self.result()
         start = RatesTuner(
             self.starts.source, self.loss, self.train, self.val, self.settings, self.device, self.forward
         ).result()
         return {"tuned": self._trained(learnt, x, y), "initial rates": self._trained(start, x, y)}
 
-    def _trained(self, rates: Rates, x: Tensor, y: Tensor, runs: int = 3) -> Row:
+    def _trained(self, rates: Rates, x: Any, y: Tensor | None, runs: int = 3) -> Row:
         rows = [self._tested(self.train_with(rates, run), x, y) for run in range(runs)]
         return {name: sum(row[name] for row in rows) / runs for name in rows[0]}
 
-    def _tested(self, net: nn.Module, x: Tensor, y: Tensor) -> Row:
+    def _tested(self, net: nn.Module, x: Any, y: Tensor | None) -> Row:
         if self.loss is not None:
-            return test(net, self.loss, x, y)
+            return test(net, self.loss, x, y)  # type: ignore[arg-type]
         with torch.no_grad():
-            return {"loss": float(self._loss(net.eval(), (x, y)))}
+            return {"loss": float(self._loss(net.eval(), self._to(x if y is None else (x, y))))}
 
     def train_with(self, rates: Rates, run: int) -> nn.Module:
         """The net trained by ``torch.optim`` for the settings' steps; run: a number that draws weights and batches."""
@@ -327,6 +344,15 @@ def take(loader: Iterable[Any], count: int, what: str) -> list[Any]:
             raise DataError(f"{what}: found no batch; expected a DataLoader, or a list of batches")
         found += more
     return found
+
+
+def _check_values(batch: Any, what: str) -> None:
+    """Raises DataArgumentError for a first batch that is empty or not finite."""
+    for tensor in tree_leaves(batch):
+        if isinstance(tensor, Tensor) and not tensor.numel():
+            raise DataArgumentError(f"{what}: the first batch has no examples: found a tensor {list(tensor.shape)}")
+        if isinstance(tensor, Tensor) and not bool(torch.isfinite(tensor).all()):
+            raise DataArgumentError(f"{what}: the first batch holds NaN or infinite values")
 
 
 def _described(batch: Any) -> str:
