@@ -32,13 +32,6 @@ exec(compile(job["program"], "program", "exec"), {"__name__": "__main__"})
 """
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _imports_kept():
-    """The million objects that imports have made stay for good: no search for garbage looks through them again."""
-    gc.collect()
-    gc.freeze()
-
-
 @pytest.fixture(autouse=True)
 def _seeded():
     """A failure can be repeated."""

@@ -36,4 +36,4 @@ def _in_memory(monkeypatch):
 @pytest.mark.parametrize("name", SEARCHERS)
 def test_searcher_conforms(name):
     searcher = SEARCHERS[name](**QUICK.get(name, {}))
-    check_searcher(searcher, trials=TRIALS.get(name, 20), deterministic=name == "grid")
+    check_searcher(searcher, trials=TRIALS.get(name, 16), deterministic=name == "grid")
