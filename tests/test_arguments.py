@@ -25,9 +25,12 @@ from metahpo.learners import (
     WarpMAML,
 )
 from metahpo.nets import MLP, Conv4, ResidualMLP, ResNet12, SmallResNet
+from metahpo.rl import Gym
 from metahpo.tasks import Episodes, ImageCompletion, Imbalance, LabelledImages, Sinusoid, Task
+from metahpo.tasks.cifar import load_cifar_fs, load_fc100
 from metahpo.tasks.datasets import labelled
 from metahpo.tasks.images import load_image_folder
+from metahpo.tasks.omniglot import load_omniglot
 from metahpo.training import Trainer, TrainingSettings
 from metahpo.training.evaluation import evaluate
 
@@ -120,6 +123,12 @@ ABUSES = [
     (labelled, {"dataset": [(torch.zeros(1, 2, 2), 0)], "fractions": (0.5, 0.5)}, "fractions"),
     (labelled, {"dataset": [(torch.zeros(1, 2, 2), 0)], "classes": {"train": ["x"]}}, "no class 'x'"),
     *[(load_image_folder, {"root": ".", "size": v}, "size") for v in NOT_WHOLE],
+    *[(kind, {"root": v}, "root") for kind in (load_omniglot, load_cifar_fs, load_fc100) for v in (None, True, 3, [1])],
+    *[(kind, {"root": ".", "download": v}, "download") for kind in (load_omniglot, load_fc100) for v in NOT_FLAG],
+    *[(load_omniglot, {"root": ".", "split": v}, "split") for v in (None, "alphabets", 3)],
+    *[(Gym, {"id": v}, "id") for v in (None, 3, [])],
+    *[(Gym, {"id": "Pendulum-v1", "vary": v}, "vary") for v in (True, 0, "g", [1], {"g": 1}, {"g": (1, "2")})],
+    *[(Gym, {"id": "Pendulum-v1", "vary": {"g": v}}, "vary['g']") for v in ((2, 1), (1, math.nan), (1, 2, 3))],
     *[(kind, {n: v}, n) for kind in (Conv4, ResNet12, SmallResNet) for n, v in (("in_shape", (1, 8)), ("slop", 0))],
     *[(kind, {"out_features": v}, "out_features") for kind in (MLP, Conv4, ResidualMLP) for v in NOT_WHOLE],
     (SmallResNet, {"norm": "layer"}, "norm"),

@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from metahpo.errors import ConfigError, NetError, one_line
+from metahpo.checks import check_number, check_type, refuse
+from metahpo.errors import ConfigArgumentError, ConfigError, NetError, one_line
 from metahpo.functional.levels import under_torch_func
 from metahpo.rl.environment import Step
 
@@ -38,7 +39,16 @@ class Gym:
     advice = ""
 
     def __init__(self, id: str, vary: Mapping[str, tuple[float, float]] | None = None, **options: Any):
-        self.name, self.vary, self.options = id, dict(vary or {}), options
+        check_type(self, "id", id, str, "the name of an environment", error=ConfigArgumentError)
+        vary = {} if vary is None else vary
+        check_type(self, "vary", vary, Mapping, "a dict of (low, high) by attribute", error=ConfigArgumentError)
+        for name, bounds in vary.items():
+            if not isinstance(bounds, (tuple, list)) or len(bounds) != 2:
+                refuse(self, f"vary[{name!r}]", bounds, "a pair (low, high)", ConfigArgumentError)
+            low, high = (check_number(self, f"vary[{name!r}]", bound, error=ConfigArgumentError) for bound in bounds)
+            if low > high:
+                refuse(self, f"vary[{name!r}]", bounds, "low at most high", ConfigArgumentError)
+        self.name, self.vary, self.options = id, dict(vary), options
         self._ready: dict[int, list[Any]] = {}
         probe = self._make()
         try:

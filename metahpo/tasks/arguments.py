@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from metahpo.checks import check_whole, plain, refuse
+from metahpo.checks import check_flag, check_type, check_whole, plain, refuse
 from metahpo.errors import DataArgumentError
 
 
@@ -25,6 +27,13 @@ def task_numbers(owner: object, indices: Any) -> list[int]:
     if not numbers:
         refuse(owner, "indices", indices, "at least one task number", DataArgumentError)
     return numbers
+
+
+def check_archive(owner: object, root: Any, download: Any) -> Path:
+    """The folder of a data set's archive; raises DataArgumentError unless it is a path and ``download`` a flag."""
+    check_type(owner, "root", root, (str, os.PathLike), "a path", error=DataArgumentError)
+    check_flag(owner, "download", download, error=DataArgumentError)
+    return Path(root)
 
 
 def check_device(owner: object, device: Any) -> torch.device:

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from metahpo.errors import DataError, one_line
+from metahpo.tasks.arguments import check_archive
 from metahpo.tasks.labelled import LabelledImages
 
 FOLDER, SIDE = "cifar-100-python", 32
@@ -33,14 +34,14 @@ def load_cifar_fs(root: str | os.PathLike[str], *, download: bool = False) -> La
     images: uint8 [60000, 3, 32, 32], 600 a class; classes are named and numbered as in CIFAR-100. download=True fetches
     a missing folder by torchvision. Raises DataError, naming the file, if one is missing or damaged.
     """
-    images, fine, _, names, _ = _read(Path(root), download)
+    images, fine, _, names, _ = _read(check_archive("CIFAR-FS", root, download), download)
     return _divided(images, fine, names, list(range(len(names))), names, CIFAR_FS_VAL, CIFAR_FS_TEST)
 
 
 def load_fc100(root: str | os.PathLike[str], *, download: bool = False) -> LabelledImages:
     """FC100 (Oreshkin et al. 2018): the classes of 12 train, 4 val and 4 test superclasses of CIFAR-100,
     60, 20 and 20 of them. Else as ``load_cifar_fs``."""
-    images, fine, coarse, names, coarse_names = _read(Path(root), download)
+    images, fine, coarse, names, coarse_names = _read(check_archive("FC100", root, download), download)
     above = dict(zip(fine.tolist(), coarse.tolist()))
     groups = [above.get(c, 0) for c in range(len(names))]
     return _divided(images, fine, names, groups, coarse_names, FC100_VAL, FC100_TEST)

@@ -14,7 +14,9 @@ import numpy as np
 import torch
 from PIL import Image
 
-from metahpo.errors import DataError
+from metahpo.checks import check_choice
+from metahpo.errors import DataArgumentError, DataError
+from metahpo.tasks.arguments import check_archive
 from metahpo.tasks.images import decode_image
 from metahpo.tasks.labelled import LabelledImages
 from metahpo.tasks.pixels import resized
@@ -46,9 +48,8 @@ def load_omniglot(root: str | os.PathLike[str], *, split: str = "shuffled", down
     download=True fetches a missing archive by torchvision into root/omniglot-py. Raises DataError, naming the file, if
     an archive is missing, damaged or incomplete, or if an image cannot be decoded.
     """
-    if split not in ("shuffled", "alphabet"):
-        raise DataError(f'omniglot split: found "{split}", expected "shuffled" or "alphabet"')
-    root = Path(root)
+    check_choice("omniglot", "split", split, ("shuffled", "alphabet"), error=DataArgumentError)
+    root = check_archive("omniglot", root, download)
     if download:
         _download_missing(root)
     parts = {part: _read_part(_locate(root, part), part) for part in CHARACTERS}

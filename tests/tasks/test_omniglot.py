@@ -186,7 +186,7 @@ def test_wrong_number_of_drawings(tiny, root):
 
 
 def test_unknown_split(root):
-    fails(root, '"random"', '"shuffled" or "alphabet"', split="random")
+    fails(root, "'random'", "shuffled, alphabet", split="random")
 
 
 def test_download_fetches_what_is_missing(tiny, tmp_path, monkeypatch):
