@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -12,10 +13,12 @@ from torch.utils._pytree import tree_map_only
 
 from metahpo.errors import HypergradientError, NetError, NonFiniteError, did_you_mean
 from metahpo.functional.formulas import ByFormula
+from metahpo.functional.second_order import check_graph, second_derivatives
 from metahpo.functional.swap import call_with
 from metahpo.functional.trees import Params
 from metahpo.inner.explicit import explicit
 from metahpo.inner.problem import RULE, InnerProblem, split
+from metahpo.inner.randomness import python_draws_kept
 from metahpo.inner.rules.base import RuleState, UpdateRule
 
 OuterLoss = Callable[[Params, Params], Tensor]
@@ -86,6 +89,42 @@ def outer_value(outer_loss: OuterLoss, params: Params, hparams: Params) -> Tenso
     """``outer_loss`` with the hyperparameters that are not the rule's."""
     with ByFormula():
         return outer_loss(params, split(hparams)[0])
+
+
+@contextmanager
+def twice_differentiated(
+    problem: InnerProblem,
+    outer_loss: OuterLoss,
+    params: Params,
+    hparams: Params,
+    batch: Any,
+    instead: str,
+    look: bool,
+) -> Iterator[None]:
+    """Inside it a layer without a second derivative is named, and what needs none is told (``instead``).
+
+    look: whether to look beforehand for layers whose second derivative torch takes for zero, without an error.
+    """
+
+    def forward() -> None:
+        problem.loss(params, split(hparams)[0], batch)
+        outer_value(outer_loss, params, hparams)
+
+    with second_derivatives(forward, instead):
+        if look:
+            check_graph(_slope(problem, params, hparams, batch), forward, instead)
+        yield
+
+
+@torch.enable_grad()
+def _slope(problem: InnerProblem, params: Params, hparams: Params, batch: Any) -> Tensor:
+    """A scalar that depends on the whole inner gradient; the random numbers that it draws can be drawn again."""
+    here = leaves(params)
+    devices = {p.device for p in here.values() if p.is_cuda}
+    with torch.random.fork_rng(devices=devices), python_draws_kept():
+        value = problem.loss(here, constants(split(hparams)[0]), batch)
+    grads = torch.autograd.grad(value, list(here.values()), create_graph=True, allow_unused=True)
+    return torch.stack([g.abs().sum() for g in grads if g is not None]).sum()
 
 
 def check_inputs(

@@ -21,6 +21,7 @@ from metahpo.hypergrad.base import (
     finished,
     leaves,
     outer_value,
+    twice_differentiated,
 )
 from metahpo.hypergrad.tangents import Step, Tangents, zeros
 from metahpo.inner.problem import InnerProblem
@@ -71,12 +72,14 @@ class Forward:
     ) -> Hypergradient:
         batches = list(batches)
         warnings = check_inputs(problem, rule, outer_loss, params, hparams, batches, state)
-        state = state or InnerState(None, 0)
+        new, state = state is None, state or InnerState(None, 0)
         params, hparams, losses = constants(params), constants(hparams), Losses()
         inner = problem.fit(rule, params, hparams, [], state=state.rule).state
         chunks = self._start(state.memory, params, inner, hparams)
         seeds = _unit_vectors(hparams, [chunk.width for chunk in chunks])
-        with torch.no_grad():
+        instead = "FiniteDifference()"
+        named = twice_differentiated(problem, outer_loss, params, hparams, batches[0], instead, new)
+        with named, torch.no_grad():
             for step, batch in enumerate(batches, start=state.step):
                 now = Step(problem, rule, params, inner, hparams, batch, step)
                 for i, seed in enumerate(seeds):

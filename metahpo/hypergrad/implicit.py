@@ -22,6 +22,7 @@ from metahpo.hypergrad.base import (
     finished,
     leaves,
     outer_value,
+    twice_differentiated,
 )
 from metahpo.hypergrad.solvers.base import Product, Solution, Solver
 from metahpo.hypergrad.solvers.cg import CG
@@ -72,7 +73,7 @@ class Implicit:
     ) -> Hypergradient:
         batches = list(batches)
         warnings = check_inputs(problem, rule, outer_loss, params, hparams, batches, state)
-        state = state or InnerState(None, 0)
+        new, state = state is None, state or InnerState(None, 0)
         params, losses = constants(params), []
         with torch.no_grad():
             # By stretches, so that no more than so many losses stand alone.
@@ -82,7 +83,7 @@ class Implicit:
                 params, state = end.params, InnerState(end.state, end.step, state.memory)
                 losses.append(torch.stack(end.losses))
         last = batches[-self.batches :]
-        return self._at(problem, rule, outer_loss, params, hparams, last, state, losses, warnings)
+        return self._at(problem, rule, outer_loss, params, hparams, last, state, losses, warnings, new)
 
     def hypergradient_at(
         self,
@@ -107,8 +108,8 @@ class Implicit:
                 raise HypergradientError(f"{type(self.solver).__name__} needs the rule, found None")
             rule = UpdateRule()
         warnings = check_inputs(problem, rule, outer_loss, params, hparams, batches, state)
-        state = state or InnerState(None, 0)
-        return self._at(problem, rule, outer_loss, params, hparams, batches, state, [], warnings)
+        new, state = state is None, state or InnerState(None, 0)
+        return self._at(problem, rule, outer_loss, params, hparams, batches, state, [], warnings, new)
 
     def _at(
         self,
@@ -121,9 +122,25 @@ class Implicit:
         state: InnerState,
         losses: Sequence[Tensor],
         warnings: Sequence[str],
+        new: bool,
     ) -> Hypergradient:
         if not batches:
             raise HypergradientError("batches: found none, expected those of the inner loss")
+        with twice_differentiated(problem, outer_loss, params, hparams, batches[-1], "FiniteDifference()", new):
+            return self._solved_at(problem, rule, outer_loss, params, hparams, batches, state, losses, warnings)
+
+    def _solved_at(
+        self,
+        problem: InnerProblem,
+        rule: UpdateRule,
+        outer_loss: OuterLoss,
+        params: Params,
+        hparams: Params,
+        batches: Sequence[Any],
+        state: InnerState,
+        losses: Sequence[Tensor],
+        warnings: Sequence[str],
+    ) -> Hypergradient:
         ends, given = leaves(params), leaves(hparams)
         with torch.enable_grad():
             value = outer_value(outer_loss, ends, given)

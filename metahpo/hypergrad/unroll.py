@@ -10,7 +10,6 @@ import torch
 
 from metahpo.checks import check_callable, check_whole, refuse
 from metahpo.errors import HypergradientArgumentError
-from metahpo.functional.second_order import check_graph, second_derivatives
 from metahpo.functional.trees import Params
 from metahpo.hypergrad.base import (
     Hypergradient,
@@ -21,9 +20,10 @@ from metahpo.hypergrad.base import (
     finished,
     leaves,
     outer_value,
+    twice_differentiated,
 )
-from metahpo.inner.gradient import InnerGradient, Reverse
-from metahpo.inner.problem import InnerProblem, split
+from metahpo.inner.gradient import FirstOrder, InnerGradient, Reverse
+from metahpo.inner.problem import InnerProblem
 from metahpo.inner.remat import NoRemat, Remat
 from metahpo.inner.rules.base import UpdateRule
 
@@ -76,11 +76,9 @@ class Unroll:
                 start = problem.fit(rule, params, hparams, batches[:before], state=state.rule, step=state.step)
             params, state, losses = start.params, InnerState(start.state, start.step), start.losses
 
-        def forward() -> None:
-            problem.loss(params, split(hparams)[0], batches[0])
-            outer_value(outer_loss, params, hparams)
-
-        with second_derivatives(forward, _FIRST_ORDER), torch.enable_grad():
+        look = new and not isinstance(self.gradient, FirstOrder)
+        named = twice_differentiated(problem, outer_loss, params, hparams, batches[0], _FIRST_ORDER, look)
+        with named, torch.enable_grad():
             given = leaves(hparams)
             end = problem.fit(
                 rule,
@@ -93,8 +91,6 @@ class Unroll:
                 step=state.step,
             )
             value = outer_value(outer_loss, end.params, given)
-            if new:
-                check_graph(value, forward, _FIRST_ORDER)
             grads = None
             if value.requires_grad:
                 grads = torch.autograd.grad(value, list(given.values()), allow_unused=True)

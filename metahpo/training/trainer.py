@@ -38,9 +38,9 @@ class Trainer:
 
     learner: moved to the settings' device. run_dir: where checkpoints, metrics.csv and versions go; None keeps nothing.
     After each epoch the learner is validated on the first ``val_tasks`` tasks of ``val_tasks`` and saved. Iteration i
-    of epoch e sees the tasks numbered from (e * iterations + i) * tasks on, and draws its randomness (dropout, and what a
-    net takes from ``random`` and ``numpy.random``) from (seed, e, i): a run that was interrupted and resumed is bit for
-    bit the run that was not (on the CPU, with the same torch and number of threads).
+    of epoch e sees the tasks numbered from (e * iterations + i) * tasks on, and draws its randomness (dropout, and what
+    a net takes from ``random`` and ``numpy.random``) from (seed, e, i): a run that was interrupted and resumed is bit
+    for bit the run that was not (on the CPU, with the same torch and number of threads).
 
     Inside a process group of ``torch.distributed`` every rank makes the same trainer and calls the same methods; each
     step's tasks are shared among them, and rank 0 alone keeps the run. W ranks give the numbers of one process to

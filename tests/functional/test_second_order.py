@@ -8,8 +8,8 @@ from torch.autograd.function import once_differentiable
 from torch.func import functional_call
 
 from metahpo.errors import NetError
-from metahpo.hypergrad import Unroll
-from metahpo.inner import SGD, FirstOrder, InnerProblem
+from metahpo.hypergrad import CG, FiniteDifference, FixedPoint, Forward, Implicit, Unroll
+from metahpo.inner import SGD, FirstOrder, InnerProblem, Sqrt
 from metahpo.learners import MAML, Phase
 from metahpo.tasks import Task
 from metahpo.training.engines import Auto, Loop, Threads, VMap
@@ -100,8 +100,18 @@ def test_first_order_runs_such_a_layer_as_a_plain_loop_does(name, engine):
     torch.testing.assert_close(list(found.grads.values()), wanted, rtol=1e-4, atol=1e-6)
 
 
+STRATEGIES = {
+    "unroll": (Unroll(), "first_order"),
+    "remat": (Unroll(remat=Sqrt()), "first_order"),
+    "cg": (Implicit(CG()), r"FiniteDifference\(\)"),
+    "fixed_point": (Implicit(FixedPoint()), r"FiniteDifference\(\)"),
+    "forward": (Forward(), r"FiniteDifference\(\)"),
+}
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize("name", LAYERS)
-def test_unroll_names_such_a_layer_and_runs_it_by_first_order(name):
+def test_hypergradients_name_such_a_layer_and_what_does_not_need_it(name, strategy):
     net = net_with(name)
     params = {n: p.detach() for n, p in net.named_parameters()}
 
@@ -112,9 +122,11 @@ def test_unroll_names_such_a_layer_and_runs_it_by_first_order(name):
         return F.cross_entropy(functional_call(net, params, X.roll(1, 1)), Y)
 
     given = (InnerProblem(inner), SGD(0.1), outer, params, {"scale": torch.tensor(1.0)}, [X] * 2)
-    with pytest.raises(NetError, match=rf"module '{name}' \({LAYERS[name][0]}\).*first_order"):
-        Unroll()(*given)
-    assert torch.isfinite(Unroll(gradient=FirstOrder())(*given).value)
+    run, instead = STRATEGIES[strategy]
+    with pytest.raises(NetError, match=rf"module '{name}' \({LAYERS[name][0]}\) has no second .*{instead}"):
+        run(*given)
+    for other in (Unroll(gradient=FirstOrder()), FiniteDifference()):
+        assert torch.isfinite(other(*given).value)
 
 
 def test_a_loss_without_a_second_derivative_is_said_to_be_no_layer():
