@@ -11,6 +11,7 @@ from metahpo.errors import CheckpointError, DataError, UsageError, shown
 from metahpo.run_dirs import check_new, existing_run_dir, is_search, new_run_dir
 from metahpo.runs import files
 from metahpo.runs.files import read_json, write_json
+from metahpo.runs.fingerprint import check_fingerprint, fingerprint, write_fingerprint
 
 if TYPE_CHECKING:
     from metahpo.search_building import Search
@@ -64,7 +65,7 @@ def _search(options: argparse.Namespace) -> int:
     run_dir = run_dir or new_run_dir(Path(options.config))
     # The study first, which one process alone holds: a command that is refused changes nothing.
     with search.study(run_dir) as study:
-        _write_config(config, run_dir, resumed=bool(options.resume))
+        _write_config(config, search.data, run_dir, resumed=bool(options.resume))
         _run(search, study, executor, run_dir)
     return 0
 
@@ -100,8 +101,8 @@ def _resumed(options: argparse.Namespace) -> tuple[SearchConfig, Path]:
     return load_search(run_dir / "config.yaml", given), run_dir
 
 
-def _write_config(config: SearchConfig, run_dir: Path, resumed: bool) -> None:
-    """Writes the config and versions into the run directory; says where others may change figures."""
+def _write_config(config: SearchConfig, data: dict[str, Any], run_dir: Path, resumed: bool) -> None:
+    """Writes the config, versions and fingerprint into the run directory; says where others may change figures."""
     from metahpo.config_file import dump_config
     from metahpo.training.checkpoint import write_atomically
     from metahpo.training.environment import versions
@@ -110,16 +111,22 @@ def _write_config(config: SearchConfig, run_dir: Path, resumed: bool) -> None:
     run_dir.mkdir(parents=True, exist_ok=True)
     if not resumed and (run_dir / "config.yaml").exists():
         raise CheckpointError(f"{run_dir} already holds a run; --resume it or choose another run_dir")
+    # The study itself compares the config, and versions.json has the versions.
+    now = {**fingerprint(config.model_dump(mode="json"), {}, data), "config": {}}
+    if resumed:
+        check_fingerprint(run_dir, now)
     write_atomically(run_dir / "config.yaml", dump_config(config).encode())
+    if not resumed:
+        write_fingerprint(run_dir, now)
     device = ((config.run or {}).get("training") or {}).get("device", "auto")
-    path, now = run_dir / "versions.json", versions(device_of(device))
+    path, found = run_dir / "versions.json", versions(device_of(device))
     for name, before in _versions(path).items() if resumed else ():
-        if name in ("metahpo", "torch", "threads") and before != now.get(name):
+        if name in ("metahpo", "torch", "threads") and before != found.get(name):
             print(
-                f"metahpo: begun with {name} {before}, now {now.get(name)}: figures may differ by rounding",
+                f"metahpo: begun with {name} {before}, now {found.get(name)}: figures may differ by rounding",
                 file=sys.stderr,
             )
-    write_json(path, now)
+    write_json(path, found)
 
 
 def _versions(path: Path) -> dict[str, str]:

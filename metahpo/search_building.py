@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from metahpo.building import build
+from metahpo.building_data import data_identity
 from metahpo.custom import find
 from metahpo.errors import ConfigError, MetaHPOError, SearchError, did_you_mean, shown
 from metahpo.search_config import CustomObjective, SearchConfig, SearchSettings
@@ -28,7 +29,10 @@ from metahpo.searchers.training_objective import TrainingObjective
 
 @dataclass(frozen=True)
 class Search:
-    """What a search is made of. objective: called with a Trial; training: the same where it is the run's training."""
+    """What a search is made of.
+
+    objective: called with a Trial; training: the same where it is the run's training; data: the identity of its data.
+    """
 
     config: SearchConfig
     space: Space
@@ -36,6 +40,7 @@ class Search:
     objective: Callable[..., Any]
     training: TrainingObjective | None
     directions: list[str]
+    data: dict[str, Any]
 
     def study(self, run_dir: Path) -> Study:
         """The study in ``run_dir`` or where the config puts it, begun or gone on with."""
@@ -89,15 +94,16 @@ def build_search(config: SearchConfig, where: str) -> Search:
         directions = _directions(config, training)
     except (ConfigError, SearchError) as error:
         raise type(error)("\n".join(f"{where}: {line}" for line in str(error).splitlines())) from error
-    if training:
-        _try(training)
-    return Search(config, space, searcher, objective, training, directions)
+    data = _try(training) if training else {}
+    return Search(config, space, searcher, objective, training, directions, data)
 
 
-def _try(training: TrainingObjective) -> None:
-    """Builds the run as metahpo train would: what cannot be trained at all is found now."""
-    tasks, _ = build(training.config({}))
+def _try(training: TrainingObjective) -> dict[str, Any]:
+    """Builds the run as metahpo train would: what cannot be trained at all is found now. Gives its data's identity."""
+    config = training.config({})
+    tasks, _ = build(config)
     training.check(tasks["val"].task(0))
+    return data_identity(config, tasks)
 
 
 def _objective(config: SearchConfig) -> tuple[TrainingObjective | None, Callable[..., Any]]:

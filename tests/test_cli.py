@@ -423,7 +423,7 @@ def test_every_wrong_setting_is_told_at_once(here, capsys):
         (["train", "none.yaml"], "cannot read config none.yaml: No such file or directory"),
         (["train", "."], "cannot read config .: Is a directory"),
         (["train"], "a CONFIG is needed, or --resume RUN_DIR; see metahpo train --help"),
-        (["train", "sines.yaml", "--resume", "out"], "of which only training.epochs may change; found 'sines.yaml' as well"),
+        (["train", "sines.yaml", "--resume", "out"], "only training.epochs may change; found 'sines.yaml' as well"),
         (["train", "--resume", "out", "--until-epoch", "1", "training.lr=1"], "found 'training.lr=1' as well"),
         (["train", "--resume", "."], ". is not a run directory: it has no config.yaml"),
         (["evaluate", "none"], "none is not a run directory"),

@@ -137,9 +137,8 @@ def test_a_search_leaves_a_whole_run_directory_with_a_report(here, capsys):
         "report: out/report/report.md",
     ]
     names = {path.name for path in (here / "out").iterdir()}
-    assert names == {"config.yaml", "versions.json", "study.db", "study.files", "best.yaml", "report"} | (
-        names & {"study.db.lock"}
-    )
+    files = {"config.yaml", "versions.json", "fingerprint.json", "study.db", "best.yaml"}
+    assert names - {"study.db.lock"} == files | {"study.files", "report"}
     assert not list((here / "out").rglob("*.tmp"))
     config = load_config(here / "out" / "best.yaml")
     assert (config.learner.inner_lr, list(config.net.hidden)) == tuple(best[1].values())
@@ -319,6 +318,20 @@ def test_a_best_trial_without_its_files_still_gives_its_config(done):
     )
 
 
+def test_a_best_trial_whose_config_is_damaged_is_said(done, capsys):
+    best = yaml.safe_load((done / "best.yaml").read_text())
+    for path in done.glob("study.files/trials/*/run/config.yaml"):
+        # Cut at a line's end it is a config still.
+        path.write_text("".join(path.read_text().partition("training:\n")[:2]) + "  epochs: 3\n")
+    capsys.readouterr()
+    assert main(["search", "--resume", "out"]) == 0
+    assert "config.yaml is damaged: it is not the config of the trial's settings" in capsys.readouterr().err
+    kept = yaml.safe_load((done / "best.yaml").read_text())
+    for config in (best, kept):
+        config["training"].pop("threads")
+    assert kept == best
+
+
 def test_the_report_can_be_written_again(done, capsys):
     shutil.rmtree(done / "report")
     assert main(["report", "out"]) == 0
@@ -422,6 +435,15 @@ def test_an_edited_config_is_not_resumed(text, other, key, done, capsys):
     config.write_text(edited)
     assert f"is a search with {key} " in refused(capsys, "search", "--resume", "out", "search.trials=4")
     assert config.read_text() == edited
+
+
+def test_changed_code_is_said(here, capsys):
+    assert main(["search", "parabola.yaml"]) == 0
+    (here / "own_search.py").write_text(OWN + "\n# other\n")
+    capsys.readouterr()
+    assert main(["search", "--resume", "out"]) == 0
+    expected = "own_search: the module has changed since the run began: figures may differ\n"
+    assert capsys.readouterr().err == expected
 
 
 def test_another_torch_is_said(done, capsys):

@@ -32,7 +32,7 @@ from metahpo.report.search_figures import (
 from metahpo.report.search_figures.looks import budget_of, counted, is_multi_fidelity
 from metahpo.report.search_figures.rungs import rungs_table
 from metahpo.report.search_figures.ticks import text
-from metahpo.runs.files import read_json
+from metahpo.runs.files import read_json, shown
 from metahpo.searchers.base import Proposal
 from metahpo.searchers.records import TrialRecord
 from metahpo.searchers.store import sqlite_path
@@ -258,7 +258,7 @@ def _reason(record: TrialRecord) -> str:
 
 def _dashboard(run_dir: Path, config: Mapping[str, Mapping[str, Any]]) -> str:
     path = sqlite_path(_storage(run_dir, config))
-    url = f"sqlite:///{path}" if path else "the study's database URL"
+    url = f"sqlite:///{shown(path)}" if path else "the study's database URL"
     return f"Optuna's dashboard opens the study too: `pip install optuna-dashboard`, then `optuna-dashboard {url}`."
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
@@ -21,7 +22,7 @@ from metahpo.searchers.outcome import Outcome
 from metahpo.searchers.rate_gradient import rate_gradient
 from metahpo.searchers.run_settings import run_tree, trial_config
 from metahpo.searchers.trial import Trial
-from metahpo.searchers.trial_run import TrialRun
+from metahpo.searchers.trial_run import TrialRun, pinned
 from metahpo.tasks import LabelledImages, Task
 from metahpo.training.metrics import Row, score
 
@@ -112,7 +113,11 @@ class TrainingObjective:
         they were; that of the settings if there is no such folder."""
         config = self.config(settings)
         path = folder and folder / next(iter(self._parts(config))) / "config.yaml"
-        return load_config(path) if path and path.exists() else config
+        kept = load_config(path) if path and path.exists() else config
+        if kept == pinned(config, kept):
+            return kept
+        print(f"{path} is damaged: it is not the config of the trial's settings, which is taken", file=sys.stderr)
+        return config
 
     def __call__(self, trial: Trial) -> Outcome:
         if trial.parent is not None and trial.parent_folder is None:

@@ -15,7 +15,7 @@ import torch
 from metahpo.building import build, resume_trainer
 from metahpo.config import RunConfig
 from metahpo.config_file import dump_config, load_config
-from metahpo.errors import CheckpointError, ConfigError, DataError, SearchError
+from metahpo.errors import CheckpointError, ConfigError, DataError
 from metahpo.runs.files import read_json, write_json
 from metahpo.tasks import LabelledImages
 from metahpo.training.checkpoint import CheckpointStore, load_checkpoint, load_learner, position, write_atomically
@@ -43,6 +43,8 @@ class TrialRun:
         else:
             self.trainer = self._begin(config, images)
         self._state: dict[str, Any] = _read(run_dir / "trial.json")
+        if parent is not None and self.resumed_from is None:
+            raise CheckpointError(f"{run_dir / 'trial.json'} is gone; remove the trial's folder")
 
     def _begin(self, config: RunConfig, images: LabelledImages | None) -> Trainer:
         tasks, learner = build(config, SPLITS, images)
@@ -62,9 +64,11 @@ class TrialRun:
         except ConfigError as error:
             # It was valid when it was written.
             raise CheckpointError(f"damaged: {error}") from None
-        chosen = {key: getattr(kept.training, key) for key in ("engine", "threads")}
-        if kept != asked.model_copy(update={"training": asked.training.model_copy(update=chosen)}):
-            raise SearchError(f"{self.run_dir} holds a run with another config; remove it, or search in another folder")
+        if kept != pinned(asked, kept):
+            # No fault of the trial's settings: the search stops and the trial is tried again.
+            raise CheckpointError(
+                f"{self.run_dir} holds a run with another config; remove it, or search in another folder"
+            )
         return kept
 
     def fit(self, updates: int, on_epoch: Callable[[Row], None]) -> None:
@@ -119,6 +123,12 @@ class TrialRun:
         """The number of outer updates that the parent had done."""
         start = self.resumed_from
         return start["epoch"] * self.config.training.iterations + start["iteration"] if start else 0
+
+
+def pinned(asked: RunConfig, kept: RunConfig) -> RunConfig:
+    """The config asked for, with the engine and the threads that a run of it was begun with."""
+    chosen = {key: getattr(kept.training, key) for key in ("engine", "threads")}
+    return asked.model_copy(update={"training": asked.training.model_copy(update=chosen)})
 
 
 def _go_on_from(parent: Path, run_dir: Path) -> None:

@@ -13,6 +13,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from metahpo import cli
+from metahpo.errors import SearchError
+from metahpo.searchers import Study
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 Outcome = tuple[str, str]
@@ -29,13 +31,19 @@ class Case:
 
 @dataclass(frozen=True)
 class Run:
-    """A kind of run: how it is begun, stopped half-way and used; folder: holds whole/run and half/run."""
+    """A kind of run: how it is begun, stopped half-way and used; folder: holds whole/run and half/run.
+
+    A search is stopped by a fault in place of arguments: see ``search_runs``. last: the file that is written last but
+    for the report.
+    """
 
     name: str
     command: list[str]
     config: list[str]
     half: list[str]
     folder: Path = Path()
+    lock: str = "run.lock"
+    last: str = "test.json"
 
     def at(self, folder: Path) -> Run:
         return replace(self, folder=folder)
@@ -49,6 +57,10 @@ class Run:
         """(name, arguments before the run directory, the run to copy) of each command that reads a run."""
         half = self.folder / "half" / "run"
         resume = [*self.command, "--resume"]
+        if self.name == "search":
+            ended = self.folder / "ended" / "run"
+            report = ("report", ["report"], self.whole)
+            return [("resume", resume, half), ("resume with a result", resume, ended), report]
         if self.name != "training":
             return [("resume", resume, half)]
         others = [(name, [name], self.whole) for name in ("evaluate", "report")]
@@ -76,6 +88,25 @@ RATES = Run(
         *("tune.steps=4", "tune.batch=10", "tune.iterations=2", "device=cpu"),
     ],
     ["--until", "1"],
+)
+SEARCH = Run(
+    "search",
+    ["search"],
+    [
+        str(CONFIGS / "glyphs_5way_1shot" / "search" / "successive_halving.yaml"),
+        f"run={CONFIGS / 'sinusoid_10shot' / 'maml.yaml'}",
+        "space={learner.inner_lr: {float: [0.001, 0.1], log: true}}",
+        "searcher={name: successive_halving, max_budget: 2, eta: 2}",
+        "objective={name: training, objectives: [loss]}",
+        "search={trials: 3}",
+        *("run.net.hidden=[8]", "run.data.eval_queries=10", "run.learner.steps=1", "run.training.epochs=2"),
+        *("run.training.iterations=3", "run.training.tasks=2", "run.training.val_tasks=3"),
+        *("run.training.test_tasks=3", "run.training.keep_best=2", "run.training.engine=loop"),
+        *("run.training.device=cpu", "run.training.threads=1", "run.training.check_gradient=false"),
+    ],
+    [],
+    lock="study.db.lock",
+    last="best.yaml",
 )
 
 
@@ -107,6 +138,7 @@ def judged(kind: Run, run_dir: Path, arguments: list[str], damaged: str = "") ->
     if "Traceback" in err:
         return "fell short", "a traceback and exit status 0"
     which = {"report": ["report/report.md"], "evaluate": ["test.json", "tests"]}.get(arguments[0])
+    damaged = damaged.rpartition("/")[2]
     other = differences(kind, run_dir, which)
     if not other:
         return "held", ""
@@ -148,8 +180,10 @@ def figures(run_dir: Path) -> dict[str, object]:
     if checkpoints:
         kept["final checkpoint"] = (checkpoints[-1].name, checkpoints[-1].read_bytes())
     # Evaluate writes figures that are not those of test.json into a file beside it.
+    if (run_dir / "study.db").exists():
+        kept["trials"] = trials(run_dir)
     kept["tests"] = sorted(path.name for path in run_dir.glob("test*.json"))
-    for name in ("test.json", "result.pt", "report/report.md"):
+    for name in ("test.json", "result.pt", "best.yaml", "report/report.md"):
         path = run_dir / name
         if not path.is_file():
             continue
@@ -160,9 +194,32 @@ def figures(run_dir: Path) -> dict[str, object]:
             except (ValueError, AttributeError):
                 data = None
         if name == "report/report.md":
-            text = path.read_text(errors="replace")
+            text = path.read_text(errors="replace").replace(str(run_dir), "RUN")
             # The config block tells where the run is, which differs from copy to copy.
             text = re.sub(r"run_dir: .*\n( .*\n)*", "", text)
-            data = re.sub(r" Training and validation took .* in all\.", "", text)
+            text = re.sub(r" (Training and validation|They) took .* in all\.", "", text)
+            data = without_seconds(text)
         kept[name] = data
     return kept
+
+
+def trials(run_dir: Path) -> object:
+    """What a study says of its trials, the time that they took aside."""
+    try:
+        with Study.open(run_dir / "study.db") as study:
+            names = ("number", "settings", "state", "scores", "budget", "parent", "reports")
+            return [{name: getattr(trial, name) for name in names} for trial in study.trials]
+    except SearchError as error:
+        return str(error)
+
+
+def without_seconds(page: str) -> str:
+    """A report without the column ``seconds`` of its table of trials."""
+    lines, column = [], None
+    for line in page.splitlines():
+        cells = line.split("|")
+        if line.startswith("| trial |"):
+            column = next((i for i, cell in enumerate(cells) if cell.strip() == "seconds"), None)
+        column = column if line.startswith("|") else None
+        lines.append("|".join(cell for i, cell in enumerate(cells) if i != column))
+    return "\n".join(lines)

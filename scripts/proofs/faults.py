@@ -1,6 +1,6 @@
 """A campaign of faults: damaged and edited files, two commands in one directory, signals, a full disk.
 
-    python scripts/proofs/faults.py                # all, on a training and a tuning of a few seconds
+    python scripts/proofs/faults.py                # all, on a training, a tuning and a search
     python scripts/proofs/faults.py --quick        # a sample
 
 A case is held if the command ends with 0 and the figures of the undisturbed run, or with one line
@@ -11,6 +11,7 @@ damaged file. It fell short otherwise; then the exit status is 1.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import multiprocessing
 import shutil
@@ -21,10 +22,12 @@ from pathlib import Path
 
 import torch
 
+from metahpo.searchers import Study
+
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from proofs import contents, processes
-from proofs.commands import RATES, TRAINING, Case, Run, judged, lasting, run
+from proofs.commands import RATES, SEARCH, TRAINING, Case, Run, judged, lasting, run
 
 EDITS = {
     "training": [
@@ -37,6 +40,18 @@ EDITS = {
         ("epochs: 2", "epochs: two"),
         ("epochs: 2", "epochz: 2"),
         ("training:", "training: ["),
+    ],
+    "search": [
+        ("- 0.001", "- 0.002"),
+        ("eta: 2", "eta: 3"),
+        ("seed: 0", "seed: 1"),
+        ("- loss", "- seconds"),
+        ("shots: 10", "shots: 5"),
+        ("- 8\n", "- 9\n"),
+        ("lr: 0.001", "lr: 0.01"),
+        ("epochs: 2", "epochs: two"),
+        ("trials: 3", "trails: 3"),
+        ("space:", "space: ["),
     ],
     "tuning": [
         ("lr: 0.05", "lr: 0.06"),
@@ -69,7 +84,7 @@ def main() -> int:
     context.set_forkserver_preload(["torch._dynamo", "metahpo.building", "metahpo.report"])
     rows = []
     with tempfile.TemporaryDirectory(prefix="metahpo-faults-") as folder:
-        kinds = [TRAINING] if options.quick else [TRAINING, RATES]
+        kinds = [TRAINING] if options.quick else [TRAINING, RATES, SEARCH]
         cases = [case for kind in kinds for case in cases_of(prepared(Path(folder), kind))]
         cases = [case for case in cases if not options.only or options.only in f"{case.kind}, {case.name}"]
         for case in cases[:: len(cases) // 12] if options.quick else cases:
@@ -86,18 +101,41 @@ def main() -> int:
 
 def prepared(folder: Path, kind: Run) -> Run:
     """The run undisturbed, whole and stopped half-way, to be copied by the cases."""
-    for name, arguments in (("whole", []), ("half", kind.half)):
+    begun = [("whole", [], None), ("half", kind.half, None)]
+    if kind is SEARCH:
+        # A trial that is at work and has a checkpoint; one whose result is there and that the study knows nothing of.
+        begun = [("whole", [], None), ("half", [], (Study, "report", 2)), ("ended", [], (Study, "end", 2))]
+    for name, arguments, fault in begun:
         path = folder / kind.name / name / "run"
-        code, _, err = run([*kind.command, *kind.config, f"run_dir={path}", *arguments])
-        if code:
+        with dying(*fault) if fault else contextlib.nullcontext():
+            code, _, err = run([*kind.command, *kind.config, f"run_dir={path}", *arguments])
+        if code != (130 if fault else 0):
             raise SystemExit(f"the undisturbed {kind.name} failed with {code}: {err}")
     return kind.at(folder / kind.name)
+
+
+@contextlib.contextmanager
+def dying(owner: type, method: str, trial: int) -> Iterator[None]:
+    """Inside it the process stops short of this method, once it is called for that trial."""
+    kept = getattr(owner, method)
+
+    def stop(self: object, number: int, *rest: object) -> object:
+        if number == trial:
+            raise KeyboardInterrupt
+        return kept(self, number, *rest)
+
+    setattr(owner, method, stop)
+    try:
+        yield
+    finally:
+        setattr(owner, method, kept)
 
 
 def cases_of(kind: Run) -> Iterator[Case]:
     yield from damage(kind)
     yield from edits(kind)
-    yield from contents.cases(kind)
+    if kind.name != "search":
+        yield from contents.cases(kind)
     yield from processes.cases(kind)
 
 
@@ -114,7 +152,7 @@ def damage(kind: Run) -> Iterator[Case]:
                         target.unlink()
                         if change:
                             target.write_bytes(change(data))
-                        return judged(kind, run_dir, arguments, inside.name)
+                        return judged(kind, run_dir, arguments, str(inside))
 
                 yield Case("damage", f"{kind.name}: {inside} {what}, {name}", play)
 

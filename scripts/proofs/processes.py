@@ -13,15 +13,15 @@ from pathlib import Path
 from proofs.commands import Case, Outcome, Run, differences, judged, refusal, run
 from prove_resume import launch
 
-MOMENTS: dict[str, Callable[[Path], bool]] = {
-    "as it begins": lambda run_dir: (run_dir / "run.lock").exists(),
-    "once config.yaml is there": lambda run_dir: (run_dir / "config.yaml").exists(),
-    "once versions.json is there": lambda run_dir: (run_dir / "versions.json").exists(),
-    "once a checkpoint is there": lambda run_dir: any(run_dir.glob("checkpoints/*.pt")),
-    "once test.json is there": lambda run_dir: (run_dir / "test.json").exists(),
+MOMENTS: dict[str, Callable[[Run, Path], bool]] = {
+    "as it begins": lambda kind, run_dir: (run_dir / kind.lock).exists(),
+    "once config.yaml is there": lambda kind, run_dir: (run_dir / "config.yaml").exists(),
+    "once versions.json is there": lambda kind, run_dir: (run_dir / "versions.json").exists(),
+    "once a checkpoint is there": lambda kind, run_dir: any(run_dir.rglob("checkpoints/*.pt")),
+    "once its last figures are there": lambda kind, run_dir: (run_dir / kind.last).exists(),
 }
-# Nothing to what a run takes on a disk.
-SIZES = ["8k", "20k", "32k", "48k", "64k", "96k"]
+# Nothing to what a run takes on a disk, the last two for a search.
+SIZES = ["8k", "20k", "32k", "48k", "64k", "96k", "160k", "240k"]
 
 
 def cases(kind: Run) -> Iterator[Case]:
@@ -39,7 +39,9 @@ def cases(kind: Run) -> Iterator[Case]:
 
 
 def second(kind: Run) -> dict[str, list[str]]:
-    names = {name: [*arguments, "RUN"] for name, arguments, _ in kind.uses}
+    # The report of a search may be written while it is at work.
+    uses = [use for use in kind.uses if kind.name != "search" or use[0] == "resume"]
+    names = {name: [*arguments, "RUN"] for name, arguments, _ in uses}
     return {**names, "begin": [*kind.command, *kind.config, "run_dir=RUN"]}
 
 
@@ -50,7 +52,7 @@ def at_once(kind: Run, folder: Path, arguments: list[str]) -> Outcome:
     wait(process, lambda: (run_dir / "config.yaml").exists())
     os.kill(process.pid, signal.SIGSTOP)
     try:
-        if not (run_dir / "run.lock").exists():
+        if not (run_dir / kind.lock).exists():
             return "skipped", "the first command had ended"
         before = snapshot(run_dir)
         code, _, err = run([word.replace("RUN", str(run_dir)) for word in arguments])
@@ -70,7 +72,7 @@ def stopped(kind: Run, folder: Path, number: int, moment: str) -> Outcome:
     run_dir, errors = folder / "run", folder / "stderr"
     folder.mkdir()
     process = launch([*kind.command, *kind.config, f"run_dir={run_dir}"], errors)
-    wait(process, lambda: MOMENTS[moment](run_dir))
+    wait(process, lambda: MOMENTS[moment](kind, run_dir))
     os.kill(process.pid, number)
     process.join()
     said = errors.read_text()

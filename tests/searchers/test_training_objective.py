@@ -352,6 +352,17 @@ def test_a_promoted_trial_whose_worker_died_goes_on_from_its_own_checkpoint(run)
     assert outcome.notes["resumed_from"]["epoch"] == 1
 
 
+def test_a_promoted_trial_that_has_lost_where_it_went_on_from_stops_the_search(run, tmp_path):
+    objective = losses()
+    run(objective, 0, budget=1)
+    with pytest.raises(KeyboardInterrupt):
+        run(objective, 1, budget=3, parent=0, dies_at=2)
+    (tmp_path / "1" / "run" / "trial.json").unlink()
+    # Its reports would begin at the first epoch.
+    with pytest.raises(CheckpointError, match=r"trial\.json is gone; remove the trial's folder"):
+        run(objective, 1, budget=3, parent=0)
+
+
 def test_seconds_are_kept_across_death_and_promotion(run, tmp_path):
     objective = TrainingObjective(SINES, objectives=("seconds",))
     first = run(objective, 0, budget=1).score
@@ -394,7 +405,7 @@ def test_a_study_in_memory_has_no_checkpoints_to_go_on_from(run):
 def test_a_folder_with_another_run_is_left_alone(run, tmp_path):
     run(losses(), learner__inner_lr=0.1)
     newest = run.newest()
-    with pytest.raises(SearchError, match=f"{tmp_path}/0/run holds a run with another config"):
+    with pytest.raises(CheckpointError, match=f"{tmp_path}/0/run holds a run with another config"):
         run(losses(), learner__inner_lr=0.2)
     assert run.newest() == newest
 
