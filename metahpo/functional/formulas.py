@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from metahpo.functional.levels import of_each_task
+from metahpo.functional.weighted_losses import weighted
 
 
 class ByFormula(TorchFunctionMode):
@@ -25,7 +26,7 @@ class ByFormula(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         given = kwargs or {}
-        formula = _FORMULAS.get(func)
+        formula = _FORMULAS.get(func) or weighted(func, args, given)
         if formula is None or (formula is _embedding and not given.get("sparse", args[6:7] == (True,))):
             return func(*args, **given)
         self.used = True
@@ -39,7 +40,12 @@ def by_formula(function: Callable[..., Any]) -> Callable[..., Any]:
     def call(*arguments: Any) -> Any:
         nonlocal needed
         if not needed or torch.compiler.is_compiling():
-            return function(*arguments)
+            try:
+                return function(*arguments)
+            except RuntimeError as error:
+                # Weights of classes that a later batch alone uses.
+                if "is not differentiable with respect to argument" not in str(error):
+                    raise
         with ByFormula() as mode:
             result = function(*arguments)
         needed = mode.used

@@ -8,15 +8,15 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
-from torch.utils._pytree import tree_map_only
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from metahpo.errors import HypergradientError, NetError, NonFiniteError, did_you_mean
 from metahpo.functional.formulas import ByFormula
 from metahpo.functional.second_order import check_graph, second_derivatives
 from metahpo.functional.swap import call_with
 from metahpo.functional.trees import Params
-from metahpo.inner.explicit import explicit
+from metahpo.inner.explicit import explicit, leaves_behind, with_captured
 from metahpo.inner.problem import RULE, InnerProblem, split
 from metahpo.inner.randomness import python_draws_kept
 from metahpo.inner.rules.base import RuleState, UpdateRule
@@ -136,40 +136,74 @@ def check_inputs(
     batches: Sequence[Any],
     state: Any = None,
 ) -> tuple[str, ...]:
-    """Raises HypergradientError for what would be silently wrong; returns a warning for each unused hyperparameter.
+    """Raises HypergradientError for what would be silently wrong; returns what the caller should know, a line each.
 
-    Where a ``state`` is given an earlier call has looked, and nothing is done. The look costs about one step.
+    Where a ``state`` is given an earlier call has looked at the losses, and only the tensors are. The look costs about
+    one step, and one a batch for hyperparameters that no batch before used.
     """
+    warnings = check_tensors(params, batches)
     if state is not None:
-        return ()
+        return warnings
     _check_names(rule, params, hparams)
     if not batches:
         raise HypergradientError("batches: found none, expected one for each inner step")
     with torch.enable_grad():
-        params, given = leaves(params), leaves(hparams)
+        originals, params, given = hparams, leaves(params), leaves(hparams)
         others, own = split(given)
-        inner = _scalar(problem.loss, "the inner loss", params, others, batches[0])
-        outer = _scalar(outer_loss, "the outer loss", params, others)
+        inner, captured = _scalar(problem.loss, "the inner loss", params, others, batches[0])
+        warnings += _constants(captured, "the inner loss", originals)
+        outer, captured = _scalar(outer_loss, "the outer loss", params, others)
+        warnings += _constants(captured, "the outer loss", originals)
         if not _reached([inner], params.values()):
             raise HypergradientError(
                 "the inner loss does not depend on params (or cuts them from their graph), so there is nothing to train"
             )
-        used = _reached([inner, outer], others.values())
-        used += own.values()  # Every rule uses its own, if not in every step.
+        unused = _unused([inner, outer], others)
         if not rule.needs_loss and type(rule).forward is not UpdateRule.forward:
             _check_rule(rule, own, inner, params)
         lost = not _reached([outer], [*params.values(), *others.values()])
-    warnings = [
-        f"hyperparameter {name!r}: neither the losses nor the rule use it; its gradient is zero"
-        for name, h in given.items()
-        if not any(h is u for u in used)
-    ]
+        for batch in batches[1:]:
+            if not unused:
+                break
+            unused = _unused([problem.loss(params, others, batch)], unused)
+    # Every rule uses its own, if not in every step.
+    warnings += tuple(
+        f"hyperparameter {name!r}: neither the losses nor the rule use it; its gradient is zero" for name in unused
+    )
     if lost:
-        warnings.append(
+        warnings += (
             "the outer loss has no derivative in params nor in hparams (an accuracy, or cut from its graph), so every "
-            "gradient that is had by differentiating it is zero"
+            "gradient that is had by differentiating it is zero",
         )
-    return tuple(warnings)
+    return warnings
+
+
+def check_tensors(params: Params, batches: Iterable[Any]) -> tuple[str, ...]:
+    """Raises HypergradientError for parameters or batches computed from something that a gradient should reach: a
+    strategy differentiates in ``hparams`` alone. A batch's tensor that merely requires grad gives a warning."""
+    for name, p in params.items():
+        if p.grad_fn is not None:
+            raise HypergradientError(
+                f"params[{name!r}] was computed from a tensor that requires grad ({p.grad_fn.name()}), whose gradient "
+                "would be lost; for initial parameters that depend on hyperparameters train the difference from them: "
+                "params of zeros, which the losses add to the initial ones that they compute from hparams"
+            )
+    found: list[Tensor] = []
+    for batch in {id(batch): batch for batch in batches}.values():
+        found += [leaf for leaf in tree_leaves(batch) if isinstance(leaf, Tensor) and leaf.requires_grad]
+    for leaf in found:
+        if leaf.grad_fn is not None:
+            raise HypergradientError(
+                f"batches: found a tensor {list(leaf.shape)} that was computed from one that requires grad "
+                f"({leaf.grad_fn.name()}), whose gradient would be lost; pass that one in hparams and compute from it "
+                "in the inner loss, or detach the batch"
+            )
+    if not found:
+        return ()
+    return (
+        f"batches: a tensor {list(found[0].shape)} requires grad; gradients are those of hparams alone, so it is a "
+        "constant",
+    )
 
 
 def _check_rule(rule: UpdateRule, own: Params, inner: Tensor, params: Params) -> None:
@@ -185,6 +219,35 @@ def _check_rule(rule: UpdateRule, own: Params, inner: Tensor, params: Params) ->
         explicit(update, "the update rule", "in hparams")(own, params, dict(zip(params, found)), state)
     except NetError as error:
         raise HypergradientError(str(error)) from error
+
+
+def _unused(values: Sequence[Tensor], hparams: Params) -> Params:
+    """Those hyperparameters that no gradient of the values reaches."""
+    used = {id(h) for h in _reached(values, hparams.values())}
+    return {name: h for name, h in hparams.items() if id(h) not in used}
+
+
+def _constants(captured: Sequence[Tensor], what: str, hparams: Params) -> tuple[str, ...]:
+    """What to say of the tensors that a loss captured: parameters of a module (a frozen net) are constants, which a
+    warning tells. Raises HypergradientError for a hyperparameter, or any other tensor that requires grad."""
+    own = {id(t): name for name, h in hparams.items() for t in leaves_behind(h)}
+    for tensor in captured:
+        if id(tensor) in own:
+            raise HypergradientError(
+                f"{what} computes with hparams[{own[id(tensor)]!r}] as it was given to the strategy, so its gradient "
+                "would be lost; compute with the one of that name which the loss gets in hparams"
+            )
+        if not isinstance(tensor, nn.Parameter):
+            raise HypergradientError(
+                f"{what} computes with a tensor {list(tensor.shape)} that requires grad but is not among its "
+                "arguments, so its gradient would be lost; pass it in hparams, or call requires_grad_(False) on it"
+            )
+    if not captured:
+        return ()
+    return (
+        f"{what} computes with {len(captured)} parameters of a module that require grad and are not in hparams (the "
+        f"first is {list(captured[0].shape)}); they are taken for constants",
+    )
 
 
 def _reached(values: Sequence[Tensor], leaves: Iterable[Tensor]) -> list[Tensor]:
@@ -228,16 +291,14 @@ def _check_names(rule: UpdateRule, params: Params, hparams: Mapping[str, Tensor]
             )
 
 
-def _scalar(loss: Callable[..., Tensor], what: str, *arguments: Any) -> Tensor:
-    try:
-        value = explicit(loss, what, "in hparams")(*arguments)
-    except NetError as error:
-        raise HypergradientError(str(error)) from error
+def _scalar(loss: Callable[..., Tensor], what: str, *arguments: Any) -> tuple[Tensor, list[Tensor]]:
+    """The loss, once it is known to be a scalar, and the tensors that require grad which it captured."""
+    value, captured = with_captured(loss, arguments)
     if not isinstance(value, Tensor):
         raise HypergradientError(f"{what} gave {type(value).__name__}, expected a scalar tensor")
     if value.dim():
         raise HypergradientError(f"{what} gave a tensor {list(value.shape)}, expected a scalar; take its mean or sum")
-    return value
+    return value, captured
 
 
 def finished(
@@ -254,7 +315,7 @@ def finished(
 
     Raises NonFiniteError, which names the first step at which the training had diverged.
     """
-    found = {n: torch.zeros_like(h) if (g := grads[n]) is None else g.detach() for n, h in hparams.items()}
+    found = {n: torch.zeros_like(h) if (g := grads[n]) is None else g.detach().to(h.dtype) for n, h in hparams.items()}
     device = value.device
     path = torch.cat([x.detach().reshape(-1) for x in losses]) if losses else torch.zeros(0, device=device)
     largest = torch.stack([g.abs().max() if g.numel() else g.sum() for g in found.values()]).max()

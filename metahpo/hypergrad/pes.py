@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import re
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -10,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.func import vmap
-from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_map_only, tree_unflatten
 
 from metahpo.checks import check_flag, check_number, check_whole, plain, refuse
 from metahpo.errors import HypergradientArgumentError, HypergradientError, NonFiniteError
@@ -25,6 +26,7 @@ from metahpo.hypergrad.base import (
     outer_value,
 )
 from metahpo.inner.problem import InnerProblem
+from metahpo.inner.randomness import same_draws
 from metahpo.inner.rules.base import RuleState, UpdateRule
 
 
@@ -187,12 +189,24 @@ def _train(
         out = [x for x in after[0] if isinstance(x, Tensor)]
         return end.params, out, torch.stack(end.losses), outer_value(outer_loss, end.params, hparams)
 
-    rows, tensors, losses, values = vmap(one, randomness="same")(
-        params, hparams, [x for x in leaves if isinstance(x, Tensor)]
-    )
+    given_rows = (params, hparams, [x for x in leaves if isinstance(x, Tensor)])
+    try:
+        rows, tensors, losses, values = vmap(one, randomness="same")(*given_rows)
+    except RuntimeError as error:
+        # What vmap cannot run: a look at a tensor's value, a net that calls torch.autograd.grad.
+        if not re.search("vmap|functorch", str(error)):
+            raise
+        rows, tensors, losses, values = _by_loop(one, given_rows)
     given = iter(tensors)
     state = tree_unflatten([next(given) if isinstance(x, Tensor) else x for x in after[0]], after[1])
     return rows, state, losses, values
+
+
+def _by_loop(one: Callable[..., Any], given: Any) -> Any:
+    """``vmap(one, randomness="same")(*given)``, one row after the other."""
+    alike = same_draws(one, tree_leaves(given))
+    results = [tree_map_only(Tensor, torch.detach, alike(*_row(given, i))) for i in range(len(tree_leaves(given)[0]))]
+    return tree_map(lambda *each: torch.stack(each), *results)
 
 
 def _row(tree: Any, index: int) -> Any:
