@@ -111,8 +111,7 @@ def _write_config(config: SearchConfig, data: dict[str, Any], run_dir: Path, res
     run_dir.mkdir(parents=True, exist_ok=True)
     if not resumed and (run_dir / "config.yaml").exists():
         raise CheckpointError(f"{run_dir} already holds a run; --resume it or choose another run_dir")
-    # The study itself compares the config, and versions.json has the versions.
-    now = {**fingerprint(config.model_dump(mode="json"), {}, data), "config": {}}
+    now = _fingerprint(config, data)
     if resumed:
         check_fingerprint(run_dir, now)
     write_atomically(run_dir / "config.yaml", dump_config(config).encode())
@@ -127,6 +126,15 @@ def _write_config(config: SearchConfig, data: dict[str, Any], run_dir: Path, res
                 file=sys.stderr,
             )
     write_json(path, found)
+
+
+def _fingerprint(config: SearchConfig, data: dict[str, Any]) -> dict[str, Any]:
+    """Without the versions, which versions.json has, and without what may change when a search goes on."""
+    from metahpo.search_config import CHANGEABLE
+
+    tree = config.model_dump(mode="json")
+    tree["search"] = {key: value for key, value in tree["search"].items() if key not in CHANGEABLE}
+    return fingerprint(tree, {}, data)
 
 
 def _versions(path: Path) -> dict[str, str]:
@@ -164,7 +172,9 @@ def report_search(run_dir: Path) -> int:
     from metahpo.search_config import load_search
     from metahpo.searchers.study import Study
 
-    search = load_search(run_dir / "config.yaml").search
+    config = load_search(run_dir / "config.yaml")
+    check_fingerprint(run_dir, _fingerprint(config, {}))
+    search = config.search
     storage = search.storage or run_dir / "study.db"
     with Study.open(storage, name=search.name) as study:
         print(f"report: {files.shown(write_search_report(run_dir, study))}")

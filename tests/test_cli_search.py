@@ -437,6 +437,13 @@ def test_an_edited_config_is_not_resumed(text, other, key, done, capsys):
     assert config.read_text() == edited
 
 
+def test_an_edited_config_is_not_reported(done, capsys):
+    config = done / "config.yaml"
+    config.write_text(config.read_text().replace("    log: true\n", ""))
+    assert "space.learner.inner_lr: config.yaml says " in refused(capsys, "report", "out")
+    assert not (done / "report" / "report.md").exists()
+
+
 def test_changed_code_is_said(here, capsys):
     assert main(["search", "parabola.yaml"]) == 0
     (here / "own_search.py").write_text(OWN + "\n# other\n")
