@@ -6,6 +6,7 @@ import copy
 from collections.abc import Iterator
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.overrides import TorchFunctionMode
@@ -54,6 +55,27 @@ def trainable(net: nn.Module) -> Params:
             if p is not None and p.requires_grad:
                 found.setdefault(id(p), (f"{path}{key}", p))
     return dict(found.values())
+
+
+def tensors_of(net: nn.Module) -> Params:
+    """The net's parameters and buffers, kept by ``state_dict`` or not, by every name that they have."""
+    return dict([*net.named_parameters(remove_duplicate=False), *net.named_buffers(remove_duplicate=False)])
+
+
+@torch.no_grad()
+def take_over(net: nn.Module, tensors: Params) -> None:
+    """Gives the net's tensors these values, by name, whatever its own ``load_state_dict`` does.
+
+    Raises:
+        NetError: for a name that the net does not have, or another shape; nothing is changed then.
+    """
+    own = tensors_of(net)
+    for name, value in tensors.items():
+        if name not in own or own[name].shape != value.shape:
+            found = list(own[name].shape) if name in own else "no such tensor"
+            raise NetError(f"{type(net).__name__}: {name}: found {found}, expected {list(value.shape)}")
+    for name, value in tensors.items():
+        own[name].copy_(value)
 
 
 def _parts(module: nn.Module, path: str, seen: set[int]) -> Iterator[tuple[str, nn.Module]]:

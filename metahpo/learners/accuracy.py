@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from functools import partial
 from typing import Any
@@ -26,18 +27,24 @@ def accuracy(outputs: Any, targets: Tensor, loss: Any = None) -> Tensor | None:
         loss: Of the learner: after ``binary_cross_entropy`` an output is a probability.
 
     Returns:
-        A scalar of at least float32; None for targets that are no labels, and for outputs of other
+        A scalar of at least float32; NaN where one logit stands for a label other than 0 and 1. None
+        for targets that are no labels, under a loss for regression too, and for outputs of other
         shapes.
     """
     logits = main_output(outputs)
-    if logits is None or targets.is_floating_point() or targets.is_complex():
+    if logits is None or targets.is_floating_point() or targets.is_complex() or _is_for_regression(loss):
         return None
-    right = _right(logits.detach(), targets, loss)
+    right, binary = _right(logits.detach(), targets, loss)
     if right is None:
         return None
     counted = targets != getattr(loss, "ignore_index", -100)
     dtype = torch.promote_types(logits.dtype, torch.float32)
-    return (right & counted).sum().to(dtype) / counted.sum().to(dtype)
+    share = (right & counted).sum().to(dtype) / counted.sum().to(dtype)
+    if not binary:
+        return share
+    # One logit says nothing of a third label, or of an amount.
+    known = ((targets == 0) | (targets == 1) | ~counted).all()
+    return share.where(known, math.nan)
 
 
 def main_output(outputs: Any) -> Tensor | None:
@@ -54,21 +61,31 @@ def main_output(outputs: Any) -> Tensor | None:
     return logits if isinstance(logits, Tensor) else None
 
 
-def _right(logits: Tensor, targets: Tensor, loss: Any) -> Tensor | None:
-    """Which targets are predicted."""
+# Losses of torch's whose targets are amounts, though they be whole numbers.
+REGRESSION = (nn.MSELoss, nn.L1Loss, nn.SmoothL1Loss, nn.HuberLoss, nn.PoissonNLLLoss)
+REGRESSION_FUNCTIONS = (F.mse_loss, F.l1_loss, F.smooth_l1_loss, F.huber_loss, F.poisson_nll_loss)
+
+
+def _right(logits: Tensor, targets: Tensor, loss: Any) -> tuple[Tensor | None, bool]:
+    """Which targets are predicted, and whether by one logit each."""
     if logits.shape == targets.shape:
-        return _binary(logits, targets, loss)
+        return _binary(logits, targets, loss), True
     if logits.dim() != targets.dim() + 1:
-        return None
+        return None, False
     if logits.dim() > 1 and (logits.shape[0], *logits.shape[2:]) == targets.shape:
         axis = 1
     elif logits.shape[:-1] == targets.shape:
         axis = -1
     else:
-        return None
+        return None, False
     if logits.shape[axis] == 1:
-        return _binary(logits.squeeze(axis), targets, loss)
-    return logits.argmax(axis) == targets
+        return _binary(logits.squeeze(axis), targets, loss), True
+    return logits.argmax(axis) == targets, False
+
+
+def _is_for_regression(loss: Any) -> bool:
+    loss = loss.func if isinstance(loss, partial) else loss
+    return isinstance(loss, REGRESSION) or any(loss is function for function in REGRESSION_FUNCTIONS)
 
 
 def _binary(logits: Tensor, targets: Tensor, loss: Any) -> Tensor:

@@ -99,7 +99,12 @@ class MetaLearner(KnownKeywords, nn.Module):
         for kind, values in outputs.items():
             suffix = "" if kind == "after" else f"_{kind}"
             metrics[f"loss{suffix}"] = self.loss(values, targets)
-            metrics.update({f"{name}{suffix}": value for name, value in self.measure(values, targets).items()})
+            for name, value in self.measure(values, targets).items():
+                if f"{name}{suffix}" in metrics:
+                    raise NetArgumentError(
+                        f"{type(self).__name__}.measure: gives {name!r}, expected another name: it is the loss's"
+                    )
+                metrics[f"{name}{suffix}"] = value
         return metrics
 
     def evaluate(self, task: Task, phase: Phase) -> tuple[Metrics, dict[str, Tensor]]:
@@ -119,7 +124,11 @@ class MetaLearner(KnownKeywords, nn.Module):
         return self.meta_loss(task, phase)
 
     def measure(self, outputs: Tensor, targets: Tensor) -> Metrics:
-        """``accuracy`` for integer targets whose shape the outputs fit; nothing for regression."""
+        """Scalars by name: ``accuracy`` for integer targets whose shape the outputs fit; nothing for regression.
+
+        One that a task does not have may be left out or be NaN: means are over the tasks that have it. None may be
+        called ``loss``.
+        """
         found = accuracy(outputs, targets, self.loss)
         return {} if found is None else {"accuracy": found}
 

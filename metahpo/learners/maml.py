@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from metahpo.checks import check_callable, check_flag, check_number, check_type, check_whole, refuse
 from metahpo.errors import NetArgumentError, NetError
 from metahpo.functional import FunctionalModule, Params, PerStepBatchNorm
-from metahpo.functional.copies import copied
+from metahpo.functional.copies import copied, take_over
 from metahpo.inner import (
     SGD,
     FirstOrder,
@@ -163,7 +163,7 @@ class MAML(MetaLearner):
         """
         adapted = self.adapt(support_x, support_y, Phase())
         net = copied(self.module.net)
-        net.load_state_dict(adapted.params, strict=False)
+        take_over(net, {**adapted.params, **adapted.buffers})
         for norm in net.modules():
             if isinstance(norm, PerStepBatchNorm):
                 norm.step, norm.inductive = self.steps - 1, inductive

@@ -11,8 +11,8 @@ from torch import Tensor
 class Task(NamedTuple):
     """One task, or a batch of them.
 
-    One task has ``support_x`` of shape [N, ...], ``support_y`` [N] (or [N, D] for regression), and the same for the
-    query set; a batch of tasks has one more leading dimension [T, N, ...].
+    One task has ``support_x`` of shape [N, ...], ``support_y`` [N] (for regression of the outputs' shape, as a rule
+    [N, D]), and the same for the query set; a batch of tasks has one more leading dimension [T, N, ...].
     """
 
     support_x: Tensor

@@ -156,10 +156,13 @@ def _check_history(history: list[Any], needed: tuple[str, ...], path: Path) -> N
 
 def _check_partial(partial: State, path: Path) -> None:
     """Raises unless these are a count of steps and sums by name."""
-    count, sums = partial.get("count", 0), partial.get("sums", {})
-    if type(count) is not int or count < 0 or not isinstance(sums, dict):
-        raise CheckpointError(f"{path}: partial: found {shown(partial)}, expected a count of steps and sums by name")
-    for name, value in sums.items():
+    count, sums, counts = partial.get("count", 0), partial.get("sums", {}), partial.get("counts")
+    those = counts is None or (isinstance(counts, dict) and set(counts) == set(sums))
+    if type(count) is not int or count < 0 or not isinstance(sums, dict) or not those:
+        raise CheckpointError(
+            f"{path}: partial: found {shown(partial)}, expected a count of steps, and sums and counts by name"
+        )
+    for name, value in [*sums.items(), *(counts or {}).items()]:
         if not (isinstance(name, str) and isinstance(value, (int, float))):
             raise CheckpointError(f"{path}: partial: {shown(name)} is {shown(value)}, expected a number")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from contextlib import closing, nullcontext
 from typing import Any
@@ -18,7 +19,7 @@ from metahpo.tasks.task import TaskSource
 from metahpo.training.distributed import current
 from metahpo.training.engines import ENGINES, Engine
 from metahpo.training.environment import intra_op_threads, progress, seeded
-from metahpo.training.first_batch import check_batch, explained
+from metahpo.training.first_batch import check_batch, check_outputs, explained
 from metahpo.training.precision import precision
 from metahpo.training.prefetch import batches_of
 from metahpo.training.settings import TrainingSettings
@@ -63,6 +64,8 @@ def _evaluate(
         for first, (numbers, batch) in zip(starts, batches):
             if not first:
                 check_batch(tasks, batch, len(numbers))
+                with seeded(settings.seed, device=device):
+                    check_outputs(learner, batch, Phase())
             with (
                 seeded(settings.seed, first, *ranks.seed, device=device),
                 precision(learner, settings),
@@ -74,7 +77,7 @@ def _evaluate(
             done += numbers
             bar.update(min(size, count - first))
             each()
-    return ranks.in_order(done, _joined(metrics)), ranks.in_order(done, _joined(outputs))
+    return ranks.in_order(done, _joined(_filled(metrics))), ranks.in_order(done, _joined(outputs))
 
 
 def check_parts(owner: object, learner: Any, settings: Any, **sources: Any) -> None:
@@ -87,6 +90,15 @@ def check_parts(owner: object, learner: Any, settings: Any, **sources: Any) -> N
     for name, source in sources.items():
         if isinstance(source, type) or not isinstance(source, TaskSource):
             refuse(whose, name, source, "a TaskSource, with task(index) and batch(indices)", DataArgumentError)
+
+
+def _filled(parts: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
+    """The same names in all: NaN for tasks that do not have a metric that others have."""
+    names = dict.fromkeys(name for part in parts for name in part)
+    for part in parts:
+        for name in names.keys() - part.keys():
+            part[name] = torch.full_like(next(iter(part.values())), math.nan)
+    return [{name: part[name] for name in names} for part in parts]
 
 
 def _joined(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 
 import torch
 from torch import Tensor
 
 from metahpo.errors import DataArgumentError, MetaHPOError, NetArgumentError, one_line
+from metahpo.learners.base import MetaLearner
+from metahpo.learners.phase import Phase
 from metahpo.tasks.task import Task, TaskSource
 
 
@@ -44,6 +46,56 @@ def check_batch(source: object, tasks: Task, count: int) -> None:
                 f"{whose}: {kind}_x is {list(x.shape)} and {kind}_y {list(y.shape)}, expected as many of both for a "
                 "task, at least 1"
             )
+
+
+def check_outputs(learner: MetaLearner, tasks: Task, phase: Phase) -> None:
+    """As ``check_pairs``, of what a learner gives for the first task of a batch.
+
+    Raises:
+        DataArgumentError: If its loss pairs each output with every target.
+    """
+    targets = tasks.query_y[0]
+    # Only a regression on scalars can be paired so; nothing is run for others.
+    if not targets.is_floating_point() or targets.numel() != len(targets):
+        return
+    outputs: object = None
+    with suppress(Exception):  # Whatever fails here is said where the task is run.
+        outputs = learner.outputs(tasks.select(0), phase).get("after")
+    check_pairs(learner, learner.loss, outputs, targets)
+
+
+@torch.no_grad()
+def check_pairs(owner: object, loss: Callable[..., Tensor], outputs: object, targets: Tensor) -> None:
+    """Refuses a loss that pairs each of N outputs with each of N targets, as [N, 1] and [N] are broadcast.
+
+    A net then learns their mean at best. Such a loss is the same when the targets change places.
+
+    Args:
+        owner: Whose loss it is, for the message: an object or its name.
+        loss: (outputs, targets) -> scalar.
+        outputs: What a net gave for N inputs; anything but a tensor of N numbers passes.
+        targets: [N, ...].
+
+    Raises:
+        DataArgumentError: With both shapes.
+    """
+    if not isinstance(outputs, Tensor) or outputs.shape == targets.shape or not targets.is_floating_point():
+        return
+    if outputs.numel() != targets.numel() or len(targets) < 2 or targets.numel() != len(targets):
+        return
+    # Values that any loss takes, probabilities too, and that are all different.
+    spread = torch.linspace(0.1, 0.9, len(targets), dtype=torch.float64, device=targets.device)
+    values, labels = spread.to(outputs.dtype).view(outputs.shape), spread.to(targets.dtype).view(targets.shape)
+    try:
+        paired, moved = loss(values, labels), loss(values, labels.flip(0))
+    except Exception:
+        return
+    if torch.allclose(paired, moved, rtol=1e-3, atol=0.0):
+        whose = owner if isinstance(owner, str) else type(owner).__name__
+        raise DataArgumentError(
+            f"{whose}: outputs are {list(outputs.shape)} and targets {list(targets.shape)}, which the loss pairs each "
+            f"with each; expected targets of the outputs' shape {list(outputs.shape)}"
+        )
 
 
 @contextmanager

@@ -8,6 +8,7 @@ import math
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,14 +20,27 @@ Row = dict[str, float]
 
 
 def summarise(metrics: Mapping[str, Tensor]) -> Row:
-    """The mean over tasks of each metric [T], and as NAME_ci half the width of its 95% interval (normal, n - 1)."""
+    """The mean over tasks of each metric [T], and as NAME_ci half the width of its 95% interval (normal, n - 1).
+
+    A metric but the losses is NaN for tasks that have none: its mean is over the others, and there is none if no task
+    has one.
+    """
     row: Row = {}
     for name, values in metrics.items():
         values = values.double()
+        if not is_loss(name):
+            values = values[~values.isnan()]
+            if not len(values):
+                continue
         row[name] = values.mean().item()
         count = len(values)
         row[f"{name}_ci"] = 1.96 * values.std().item() / math.sqrt(count) if count > 1 else math.nan
     return row
+
+
+def is_loss(name: str) -> bool:
+    """Whether a metric is the loss, "loss" or "loss_KIND", which is never left out."""
+    return name == "loss" or name.startswith("loss_")
 
 
 # What a learner is judged by, the first of them that it has, and whether more is better (1) or worse (-1).
@@ -52,22 +66,40 @@ def best_epochs(history: Sequence[Mapping[str, float]], count: int) -> list[int]
 
 
 class SumOfMetrics:
-    """Running means of scalar tensors, kept on their device until read; float64, so that they can be stored exactly."""
+    """Running means of scalar tensors, kept on their device until read; float64, so that they can be stored exactly.
 
-    def __init__(self, count: int = 0, sums: Mapping[str, float] | None = None):
+    count: updates added. counts: by name, in how many of them a metric was there and no NaN (``summarise``).
+    """
+
+    def __init__(
+        self, count: int = 0, sums: Mapping[str, float] | None = None, counts: Mapping[str, float] | None = None
+    ):
         self.count = count
         self._sums: dict[str, Tensor | float] = dict(sums or {})
+        # Those of a checkpoint that does not say: all.
+        self._counts: dict[str, Tensor | float] = dict(counts or dict.fromkeys(self._sums, float(count)))
 
     def add(self, metrics: Mapping[str, Tensor]) -> None:
         self.count += 1
         for name, value in metrics.items():
-            self._sums[name] = self._sums.get(name, 0.0) + value.detach().to(torch.float64)
+            value, there = value.detach().to(torch.float64), 1.0
+            if not is_loss(name):
+                there = (~value.isnan()).to(torch.float64)
+                value = value.nan_to_num(nan=0.0, posinf=math.inf, neginf=-math.inf)
+            self._sums[name] = self._sums.get(name, 0.0) + value
+            self._counts[name] = self._counts.get(name, 0.0) + there
 
-    def sums(self) -> Row:
-        return {name: float(value) for name, value in self._sums.items()}
+    def state(self) -> dict[str, Any]:
+        """The arguments that make this again."""
+        return {"count": self.count, "sums": _floats(self._sums), "counts": _floats(self._counts)}
 
     def means(self) -> Row:
-        return {name: value / self.count for name, value in self.sums().items()}
+        counts = _floats(self._counts)
+        return {name: value / counts[name] for name, value in _floats(self._sums).items() if counts[name]}
+
+
+def _floats(values: Mapping[str, Tensor | float]) -> Row:
+    return {name: float(value) for name, value in values.items()}
 
 
 class CsvLog:

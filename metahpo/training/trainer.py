@@ -24,7 +24,7 @@ from metahpo.training.engines import ENGINES, Auto, check_engine, check_gradient
 from metahpo.training.environment import intra_op_threads, progress, seeded, versions
 from metahpo.training.evaluation import check_parts, evaluate
 from metahpo.training.finite import FiniteCheck
-from metahpo.training.first_batch import check_batch, explained
+from metahpo.training.first_batch import check_batch, check_outputs, explained
 from metahpo.training.interrupts import Interrupted, Interrupts
 from metahpo.training.metrics import CsvLog, Row, SumOfMetrics, best_epochs, summarise
 from metahpo.training.precision import precision
@@ -228,6 +228,8 @@ class Trainer:
                 self._checked = True
             if self._first:
                 check_batch(self.train_tasks, tasks, len(self.ranks.share(numbers)))
+                with seeded(*seed, device=self.device):
+                    check_outputs(self.learner, tasks, phase)
             with explained(self.learner, tasks) if self._first else nullcontext():
                 result = self.engine.meta_gradient(self.learner, tasks, phase)
             self._first = False
@@ -247,6 +249,11 @@ class Trainer:
         self.optimizer.zero_grad()
         scalars = dict(result.metrics)
         self.learner.update_buffers(scalars.pop("buffers", {}))
+        if "loss" in scalars:
+            raise NetArgumentError(
+                f"{type(self.learner).__name__}.meta_loss: gives a metric 'loss', expected another name: this one is "
+                "the outer loss's"
+            )
         self._partial.add({"loss": result.loss, **scalars})
 
     def _numbers(self, iteration: int) -> range:
@@ -288,7 +295,7 @@ class Trainer:
             "learner": self.learner.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "history": self.history,
-            "partial": {"count": self._partial.count, "sums": self._partial.sums()},
+            "partial": self._partial.state(),
             "settings": self.settings.model_dump(),
             "engines": dict(self.engine.chosen) if isinstance(self.engine, Auto) else {},
         }

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from metahpo.checks import check_callable
 from metahpo.errors import ConfigArgumentError
+from metahpo.learners.accuracy import accuracy
 from metahpo.training.environment import progress
 from metahpo.training.metrics import Row
 
@@ -110,6 +111,7 @@ def test(net: nn.Module, loss: Callable[[Tensor, Tensor], Tensor], x: Tensor, y:
     with torch.no_grad():
         output = net(x)
         row = {"loss": float(loss(output, y))}
-        if not y.is_floating_point():
-            row["accuracy"] = float((output.argmax(1) == y).double().mean())
+        share = accuracy(output, y, loss)
+        if share is not None and not share.isnan():
+            row["accuracy"] = float(share.double())
     return row

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from metahpo.errors import NetError
-from metahpo.functional.copies import trainable
+from metahpo.functional.copies import take_over, tensors_of, trainable
 from metahpo.functional.trees import Params
 from metahpo.picture import Picture, spread_out
 from metahpo.training.metrics import Row
@@ -42,10 +42,14 @@ class Decay:
 
     def load_into(self, net: nn.Module) -> None:
         """Gives a net of the same parts the tuned weights and buffers. Raises NetError where the parts differ."""
+        tensors, own = tensors_of(self.net), tensors_of(net)
+        if tensors.keys() != own.keys():
+            one = min(tensors.keys() ^ own.keys())
+            raise NetError(f"load_into: {one!r} is in {'the tuned net' if one in tensors else 'this net'} alone")
         try:
-            net.load_state_dict(self.net.state_dict())
-        except RuntimeError as error:
-            raise NetError(f"load_into: {' '.join(str(error).split())}") from None
+            take_over(net, tensors)
+        except NetError as error:
+            raise NetError(f"load_into: {error}") from None
 
     def param_groups(self, net: nn.Module) -> list[dict[str, Any]]:
         """``[{"params": ..., "weight_decay": ...}, ...]`` of the net's trainable parameters, for ``torch.optim``.

@@ -29,6 +29,7 @@ from metahpo.functional.trees import Params
 from metahpo.hypergrad import Hypergradient, Unroll
 from metahpo.inner import SGD, Adam, AdamW, ByLayer, InnerProblem, Mixed, PerTensorRule, Reverse, named_remat
 from metahpo.training.environment import seeded
+from metahpo.training.first_batch import check_pairs
 from metahpo.training.metrics import Row
 from metahpo.training.schedules import cosine
 from metahpo.training.settings import InnerGradientName, RematName, Settings
@@ -197,6 +198,8 @@ class RatesTuner(Tuner):
                 if not isinstance(value, Tensor) or value.dim():
                     found = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
                     raise NetError(f"the loss gave {found}, expected a scalar tensor")
+                if self.loss is not None:
+                    check_pairs(what, self.loss, net(batch[0]), batch[1])
 
     def _loss(self, net: nn.Module, batch: Any) -> Tensor:
         return self.forward(net, batch) if self.forward else self.loss(net(batch[0]), batch[1])  # type: ignore[misc]

@@ -95,9 +95,9 @@ ROW = {"epoch": 1, "val_loss": 0.5}
         ({"history": [ROW, 3]}, "history: row 2 has no epoch and val_loss"),
         ({"history": [{"epoch": 1}]}, "history: row 1 has no epoch and val_loss"),
         ({"history": [{**ROW, "lr": "high"}]}, "history: row 1: 'lr' is 'high', expected a number"),
-        ({"partial": {"count": None}}, "partial: found {'count': None}, expected a count of steps and sums by name"),
+        ({"partial": {"count": None}}, "partial: found {'count': None}, expected a count of steps, and sums"),
         ({"partial": {"count": -1}}, "expected a count of steps"),
-        ({"partial": {"count": 1, "sums": [1]}}, "sums by name"),
+        ({"partial": {"count": 1, "sums": [1]}}, "sums and counts by name"),
         ({"partial": {"count": 1, "sums": {"loss": "low"}}}, "partial: 'loss' is 'low', expected a number"),
     ],
 )

@@ -107,6 +107,12 @@ def test_the_result_carries_the_tuned_net_and_its_decays():
     other = copy.deepcopy(net).eval()
     found.load_into(other)
     torch.testing.assert_close(other(x), found.net(x))
+    other.load_state_dict = lambda *_, **__: None  # As nets that keep their pretrained weights.
+    torch.nn.init.zeros_(other[0].weight)
+    found.load_into(other)
+    torch.testing.assert_close(other(x), found.net(x))
+    with pytest.raises(NetError, match=r"load_into: '\d\.\w+' is in the tuned net alone"):
+        found.load_into(other[:1])
     assert (
         base.test(other, F.cross_entropy, *given[0])["loss"] < 0.5 * base.test(net, F.cross_entropy, *given[0])["loss"]
     )

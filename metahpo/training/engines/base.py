@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
+import torch
 from torch import Tensor
 
 from metahpo.functional import Params
 from metahpo.functional.buffers import merged_buffers
-from metahpo.functional.trees import map_tree, stack_trees
+from metahpo.functional.trees import stack_trees
 from metahpo.learners.base import MetaLearner, Metrics
 from metahpo.learners.phase import Phase
 from metahpo.tasks.task import Task
+from metahpo.training.metrics import is_loss
 
 
 class MetaGradient(NamedTuple):
@@ -46,13 +49,24 @@ class Engine(Protocol):
 def mean_metrics(rows: Sequence[Metrics]) -> Metrics:
     """The means over tasks of their metrics, and under "buffers" what the tasks make of the buffers."""
     buffers = [row.pop("buffers", {}) for row in rows]
-    return merged_metrics({**stack_trees(rows), "buffers": stack_trees(buffers)})
+    return merged_metrics({**stack_metrics(rows), "buffers": stack_trees(buffers)})
+
+
+def stack_metrics(rows: Sequence[Metrics]) -> Metrics:
+    """The tasks' metrics, [T] by name: NaN for a task that does not have one that another has."""
+    names = dict.fromkeys(name for row in rows for name in row)
+    if all(len(row) == len(names) for row in rows):
+        return stack_trees(rows)
+    like = {name: next(row[name] for row in rows if name in row) for name in names}
+    none = {name: torch.full_like(value, math.nan) for name, value in like.items()}
+    return stack_trees([{**none, **row} for row in rows])
 
 
 def merged_metrics(metrics: Metrics) -> Metrics:
-    """As ``mean_metrics``, of metrics [T, ...] by name."""
+    """As ``mean_metrics``, of metrics [T] by name; a metric's mean is over the tasks that have it (``summarise``)."""
     scalars = {name: values for name, values in metrics.items() if name != "buffers"}
-    return {**map_tree(mean, scalars), "buffers": merged_buffers(metrics.get("buffers", {}))}
+    means = {name: mean(values) if is_loss(name) else values.detach().nanmean(0) for name, values in scalars.items()}
+    return {**means, "buffers": merged_buffers(metrics.get("buffers", {}))}
 
 
 def mean(tensor: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from metahpo.functional.trees import Params, stack_trees
 from metahpo.learners.base import MetaLearner, Metrics
 from metahpo.learners.phase import Phase
 from metahpo.tasks.task import Task
-from metahpo.training.engines.base import MetaGradient, mean_metrics
+from metahpo.training.engines.base import MetaGradient, mean_metrics, stack_metrics
 
 
 class Loop:
@@ -47,4 +47,4 @@ class Loop:
     def evaluate(self, learner: MetaLearner, tasks: Task, phase: Phase) -> tuple[Metrics, Params]:
         learner.train(phase.training)
         results = [learner.evaluate(tasks.select(index), phase) for index in range(tasks.query_x.shape[0])]
-        return stack_trees([metrics for metrics, _ in results]), stack_trees([outputs for _, outputs in results])
+        return stack_metrics([metrics for metrics, _ in results]), stack_trees([outputs for _, outputs in results])

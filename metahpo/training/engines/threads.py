@@ -22,7 +22,7 @@ from metahpo.learners.base import MetaLearner, Metrics
 from metahpo.learners.phase import Phase
 from metahpo.native import conv_taps
 from metahpo.tasks.task import Task
-from metahpo.training.engines.base import MetaGradient, mean_metrics
+from metahpo.training.engines.base import MetaGradient, mean_metrics, stack_metrics
 from metahpo.training.engines.python_state import Watch, shown
 from metahpo.training.engines.refusal import refusal
 
@@ -73,7 +73,7 @@ class Threads:
                 return learner.evaluate(tasks.select(index), phase)
 
         results = self._each(learner, phase, one, tasks.query_x.shape[0])
-        return stack_trees([metrics for metrics, _ in results]), stack_trees([outputs for _, outputs in results])
+        return stack_metrics([metrics for metrics, _ in results]), stack_trees([outputs for _, outputs in results])
 
     def _each(self, learner: MetaLearner, phase: Phase, one: Callable[[MetaLearner, int], T], count: int) -> list[T]:
         if any(param.is_cuda for param in learner.parameters()):
