@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import functools
 from collections import defaultdict
+from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.lazy import LazyModuleMixin
+from torch.overrides import TorchFunctionMode
 
 from metahpo import native
 from metahpo.errors import NetError
@@ -51,25 +54,29 @@ class PerStepBatchNorm(_BatchNorm):
     _kind: type[_BatchNorm]
 
     def forward(self, input: Tensor) -> Tensor:
-        # Under autocast x is of a lower type than the statistics; torch's kernels have no second derivative of the mix.
-        return self._normalise(input.to(self.running_mean.dtype)).to(input.dtype)
-
-    def _normalise(self, x: Tensor) -> Tensor:
         try:
-            self._check_input_dim(x)
+            self._check_input_dim(input)
         except ValueError as error:
             raise NetError(f"batch norm {error}") from None
+        # Under autocast x is of a lower type than the statistics; torch's kernels have no second derivative of the mix.
+        x = input.to(self.running_mean.dtype)
         scale, shift = (None if rows is None else self._row(rows) for rows in (self.weight, self.bias))
-        mean, var = self._row(self.running_mean), self._row(self.running_var)
         if self.inductive or self.frozen_statistics:
-            return torch.batch_norm(x, scale, shift, mean, var, False, 0.0, self.eps, False)
+            mean, var = self._row(self.running_mean), self._row(self.running_var)
+            return torch.batch_norm(x, scale, shift, mean, var, False, 0.0, self.eps, False).to(input.dtype)
+        return self._by_batch(x, scale, shift, self.eps).to(input.dtype)
+
+    def _by_batch(
+        self, x: Tensor, scale: Tensor | None, shift: Tensor | None, eps: float, momentum: float | None = None
+    ) -> Tensor:
+        """``x`` normalised by its own statistics, of which the running ones take their share in training."""
         if x.numel() <= x.shape[1]:
             raise NetError(
                 f"batch norm needs more than one value a channel to take batch statistics, got input {tuple(x.shape)}"
             )
-        out, batch_mean, batch_rstd = torch.native_batch_norm(x, scale, shift, None, None, True, 0.0, self.eps)
+        out, mean, rstd = torch.native_batch_norm(x, scale, shift, None, None, True, 0.0, eps)
         if self.training:
-            self._update(mean, var, batch_mean.detach(), batch_rstd.detach(), x.numel() // x.shape[1])
+            self._update(mean.detach(), rstd.detach().pow(-2) - eps, x.numel() // x.shape[1], momentum)
         return out
 
     def hold(self, frozen: bool) -> None:
@@ -87,34 +94,35 @@ class PerStepBatchNorm(_BatchNorm):
         zeros = x.new_zeros(self.num_features) if self.bias is None else self._row(self.bias)
         out, mean, rstd = native.norm_act_pool(x, ones, zeros, eps=self.eps, slope=slope, pool=pool)
         if self.training:
-            self._update(self._row(self.running_mean), self._row(self.running_var), mean, rstd, x.numel() // x.shape[1])
+            self._update(mean, rstd.pow(-2) - self.eps, x.numel() // x.shape[1])
         return out
 
-    def _row(self, rows: Tensor) -> Tensor:
-        return rows if rows.dim() == 1 else rows[min(self.step, rows.shape[0] - 1)]
+    def _row(self, rows: Tensor, dim: int = 1) -> Tensor:
+        """This step's row, which has ``dim`` dimensions."""
+        return rows if rows.dim() == dim else rows[min(self.step, rows.shape[0] - 1)]
 
-    def _update(self, mean: Tensor, var: Tensor, batch_mean: Tensor, batch_rstd: Tensor, count: int) -> None:
+    def _update(self, mean: Tensor, var: Tensor, count: int, momentum: Any = None) -> None:
+        """Averages into the running statistics those of a batch with ``count`` values a channel.
+
+        momentum: the share of the batch; by default the layer's, and the batch is counted.
+        """
         if not self._tracks:
             return
-        momentum: Any = self.momentum
-        if self._counts:
-            self.num_batches_tracked, seen = self._counted(self.num_batches_tracked)
-            momentum = seen.to(mean.dtype).reciprocal() if momentum is None else momentum
+        if momentum is None:
+            momentum = self.momentum
+            if self._counts:
+                seen = self._row(self.num_batches_tracked, 0) + 1
+                self.num_batches_tracked = self._replace(self.num_batches_tracked, seen)
+                momentum = seen.to(mean.dtype).reciprocal() if momentum is None else momentum
         # As torch does: the running variance averages the unbiased estimate.
-        batch_var = (batch_rstd.pow(-2) - self.eps) * (count / (count - 1))
-        self.running_mean = self._replace(self.running_mean, torch.lerp(mean, batch_mean.to(mean.dtype), momentum))
-        self.running_var = self._replace(self.running_var, torch.lerp(var, batch_var.to(var.dtype), momentum))
-
-    def _counted(self, counts: Tensor) -> tuple[Tensor, Tensor]:
-        """The counts of batches with one more in this step's, and that one."""
-        if counts.dim() == 0:
-            return counts + 1, counts + 1
-        row = min(self.step, counts.shape[0] - 1)
-        seen = counts[row] + 1
-        return torch.cat([counts[:row], seen.unsqueeze(0), counts[row + 1 :]]), seen
+        for name, value in (("running_mean", mean), ("running_var", var * (count / (count - 1)))):
+            rows = getattr(self, name)
+            old = self._row(rows)
+            setattr(self, name, self._replace(rows, torch.lerp(old, value.to(old.dtype), momentum)))
 
     def _replace(self, rows: Tensor, new: Tensor) -> Tensor:
-        if rows.dim() == 1:
+        """The rows with ``new`` in this step's place."""
+        if rows.dim() == new.dim():
             return new
         row = min(self.step, rows.shape[0] - 1)
         return torch.cat([rows[:row], new.unsqueeze(0), rows[row + 1 :]])
@@ -127,19 +135,73 @@ class PerStepBatchNorm(_BatchNorm):
 
     def __reduce_ex__(self, protocol):
         # The class is made when it is needed, so that pickle finds it by the one it was made of.
-        return _empty, (self._kind,), *super().__reduce_ex__(protocol)[2:]
+        return _empty, (self._kind, isinstance(self, OwnForward)), *super().__reduce_ex__(protocol)[2:]
 
     def extra_repr(self) -> str:
         rows = self.running_mean.numel() // self.num_features
         return f"{self.num_features}, statistics_rows={rows}, eps={self.eps}"
 
 
+class OwnForward(_BatchNorm):
+    """What a ``PerStepBatchNorm`` is besides where its layer has a forward method of its own, as timm's
+    ``BatchNormAct2d``.
+
+    The method sees one row of each tensor, copies of the buffers, and ``training`` as True wherever the batch's
+    statistics are to normalise, in evaluation too, where what it leaves in the buffers is dropped.
+    """
+
+    # Of the instance alone, where it had one.
+    _forward: Callable[..., Any] | None
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        training, by_running = self.training, self.inductive or self.frozen_statistics
+        held = [(tensors, name, t) for tensors in (self._parameters, self._buffers) for name, t in tensors.items()]
+        for tensors, name, t in held:
+            if t is not None and name in (*_AFFINE, *_STATISTICS):
+                t = self._row(t, 0 if name == "num_batches_tracked" else 1)
+            tensors[name] = t.clone() if t is not None and tensors is self._buffers else t
+        self.training = not by_running
+        try:
+            with _ByBatch(self):
+                output = (self._forward or super().forward)(*args, **kwargs)
+            new = dict(self._buffers)
+        finally:
+            self.training = training
+            for tensors, name, t in held:
+                tensors[name] = t
+        if training and not by_running:
+            for name, old in self._buffers.items():
+                self._buffers[name] = old if old is None else self._replace(old, new[name])
+        return output
+
+
+class _ByBatch(TorchFunctionMode):
+    """Inside it ``F.batch_norm`` replaces the running statistics of ``norm``, where torch's writes into them."""
+
+    def __init__(self, norm: Any):
+        super().__init__()
+        self.norm = norm
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        return (self._batch_norm if func is F.batch_norm else func)(*args, **(kwargs or {}))
+
+    def _batch_norm(
+        self, input, running_mean, running_var, weight=None, bias=None, training=False, momentum=0.1, eps=1e-5
+    ) -> Tensor:
+        own = running_mean is self.norm.running_mean
+        if not training or not (own or (running_mean is None and not self.norm._had_statistics)):
+            return F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
+        x = input.to(self.norm.running_mean.dtype)
+        return self.norm._by_batch(x, weight, bias, eps, momentum if own else None).to(input.dtype)
+
+
 def convert_batch_norm(net: nn.Module, *, statistics_rows: int = 1, affine_rows: int = 1) -> nn.Module:
     """A deep copy of ``net`` in which every batch norm is a ``PerStepBatchNorm``; ``net`` is left as it was.
 
-    A batch norm is any module of torch's ``BatchNorm1d/2d/3d`` and ``SyncBatchNorm`` or of a subclass that keeps their
-    forward method. It stays the module it was: registered where it was, with its hooks, attributes, further parameters
-    and parametrizations. A tensor that other layers hold too, or that is computed from others, has no rows by step.
+    A batch norm is any module of torch's ``BatchNorm1d/2d/3d`` and ``SyncBatchNorm`` or of a subclass, which may have a
+    forward method of its own (``OwnForward``). It stays the module it was: registered where it was, with its hooks,
+    attributes, further parameters and parametrizations. A tensor that other layers hold too, or that is computed from
+    others, has no rows by step.
     """
     net = copied(net)
     norms = [module for module in net.modules() if _convertible(module)]
@@ -162,13 +224,14 @@ def convert_batch_norm(net: nn.Module, *, statistics_rows: int = 1, affine_rows:
                         rows_of[id(tensor)] = _expanded(tensor, rows)
                     tensors[name] = rows_of[id(tensor)]
     for norm in norms:
-        norm._kind, norm.__class__ = type(norm), _per_step(type(norm))
+        norm._kind, norm._forward = type(norm), vars(norm).pop("forward", None)
+        own = norm._forward is not None or type(norm).forward not in (_BatchNorm.forward, nn.SyncBatchNorm.forward)
+        norm.__class__ = _per_step(type(norm), own)
     return net
 
 
 def _convertible(module: nn.Module) -> bool:
-    plain = type(module).forward in (_BatchNorm.forward, nn.SyncBatchNorm.forward) and "forward" not in vars(module)
-    return isinstance(module, _BatchNorm) and plain and not isinstance(module, LazyModuleMixin)
+    return isinstance(module, _BatchNorm) and not isinstance(module, LazyModuleMixin)
 
 
 def _complete(norm: Any, plain: bool) -> None:
@@ -198,10 +261,11 @@ def _expanded(old: Tensor, rows: int) -> Tensor:
 
 
 @functools.cache
-def _per_step(kind: type[_BatchNorm]) -> type[PerStepBatchNorm]:
-    return type(kind.__name__, (PerStepBatchNorm, kind), {"__module__": kind.__module__})
+def _per_step(kind: type[_BatchNorm], own: bool) -> type[PerStepBatchNorm]:
+    bases = (OwnForward, kind, PerStepBatchNorm) if own else (PerStepBatchNorm, kind)
+    return type(kind.__name__, bases, {"__module__": kind.__module__})
 
 
-def _empty(kind: type[_BatchNorm]) -> PerStepBatchNorm:
-    made = _per_step(kind)
+def _empty(kind: type[_BatchNorm], own: bool) -> PerStepBatchNorm:
+    made = _per_step(kind, own)
     return made.__new__(made)

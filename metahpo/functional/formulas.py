@@ -27,7 +27,8 @@ class ByFormula(TorchFunctionMode):
     def __torch_function__(self, func, types, args=(), kwargs=None):
         given = kwargs or {}
         formula = _FORMULAS.get(func) or weighted(func, args, given)
-        if formula is None or (formula is _embedding and not given.get("sparse", args[6:7] == (True,))):
+        kernel = formula is _embedding and not given.get("sparse", args[6:7] == (True,))
+        if formula is None or kernel or (formula is _normalize and given.get("out") is None):
             return func(*args, **given)
         self.used = True
         return formula(*args, **given)
@@ -62,6 +63,11 @@ def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
 def _hardsigmoid(x: Tensor, inplace: bool = False) -> Tensor:
     value = F.relu6(x + 3) / 6
     return x.copy_(value) if inplace else value
+
+
+def _normalize(input: Tensor, p: float = 2.0, dim: int = 1, eps: float = 1e-12, *, out: Tensor) -> Tensor:
+    # Into ``out`` torch's has neither a forward mode nor a rule for vmap. A result there has no derivative.
+    return out.copy_(F.normalize(input, p, dim, eps).detach())
 
 
 def _embedding(
@@ -123,6 +129,7 @@ _FORMULAS: dict[Any, Callable[..., Tensor]] = {
     F.hardsigmoid: _hardsigmoid,
     _functions.hardsigmoid: _hardsigmoid,
     _functions.hardsigmoid_: lambda x: _hardsigmoid(x, True),
+    F.normalize: _normalize,
     F.embedding: _embedding,
     F.embedding_bag: _embedding_bag,
 }

@@ -64,7 +64,7 @@ class FunctionalModule(nn.Module):
             f"{name}.{kind}"
             for name, m in self.net.named_modules()
             if m in self._norms
-            for kind, _ in m.named_buffers()
+            for kind, _ in m.named_buffers(recurse=False)
         }
         self._foreign_buffers = [name for name, _ in self.net.named_buffers() if name.removeprefix(".") not in own]
         aliases: dict[int, str] = {}
@@ -88,6 +88,12 @@ class FunctionalModule(nn.Module):
                 module.training = False
             for norm in self._norms:
                 norm.hold(not norm.training)
+
+    def freeze_statistics(self) -> None:
+        """Has the batch norms normalise with their running statistics until the net trains again, but for those that
+        had none when they were given: as torch's do in a net in evaluation mode."""
+        for norm in self._norms:
+            norm.hold(True)
 
     @property
     def batch_dependent(self) -> bool:

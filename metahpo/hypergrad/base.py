@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_leaves
 
 from metahpo.errors import HypergradientError, NetError, NonFiniteError, did_you_mean
 from metahpo.functional.formulas import ByFormula
@@ -17,11 +17,12 @@ from metahpo.functional.second_order import check_graph, second_derivatives
 from metahpo.functional.swap import call_with
 from metahpo.functional.trees import Params
 from metahpo.inner.explicit import explicit, leaves_behind, with_captured
-from metahpo.inner.problem import RULE, InnerProblem, split
+from metahpo.inner.problem import RULE, InnerProblem, constants, split
 from metahpo.inner.randomness import python_draws_kept
 from metahpo.inner.rules.base import RuleState, UpdateRule
 
-OuterLoss = Callable[[Params, Params], Tensor]
+# (final params, hparams) -> scalar; with a third argument where the inner problem has a carry.
+OuterLoss = Callable[..., Tensor]
 
 
 @dataclass(frozen=True)
@@ -44,11 +45,13 @@ class Hypergradient:
 
 @dataclass(frozen=True)
 class InnerState:
-    """Where an inner training stands: the rule's state, the number of steps taken, and a strategy's own memory."""
+    """Where an inner training stands: the rule's state, the number of steps taken, a strategy's own memory, and the
+    problem's carry (None: that of its first step)."""
 
     rule: RuleState
     step: int
     memory: Any = None
+    carry: Any = None
 
 
 class Strategy(Protocol):
@@ -64,7 +67,8 @@ class Strategy(Protocol):
         batches: Iterable[Any],
         state: Any = None,
     ) -> Hypergradient:
-        """Trains from ``params`` for one step a batch, then differentiates ``outer_loss(final params, hparams)``.
+        """Trains from ``params`` for one step a batch, then differentiates ``outer_loss(final params, hparams)``, or
+        ``outer_loss(final params, hparams, carry)`` where the problem has a carry.
 
         hparams: by name, floating; those of the rule as "rule.NAME", which the two losses do not get. state: of an
         earlier Hypergradient by this strategy, whose ``final_params`` go with it.
@@ -80,15 +84,14 @@ def leaves(hparams: Mapping[str, Tensor]) -> Params:
     return {name: h.detach().requires_grad_() for name, h in hparams.items()}
 
 
-def constants(tree: Any) -> Any:
-    """The same tree of tensors cut from its graph."""
-    return tree_map_only(Tensor, torch.detach, tree)
-
-
-def outer_value(outer_loss: OuterLoss, params: Params, hparams: Params) -> Tensor:
-    """``outer_loss`` with the hyperparameters that are not the rule's."""
+def outer_value(outer_loss: OuterLoss, params: Params, hparams: Params, carry: Any) -> Tensor:
+    """``outer_loss`` with the hyperparameters that are not the rule's, and with the problem's carry if it has one."""
     with ByFormula():
-        return outer_loss(params, split(hparams)[0])
+        return outer_loss(params, split(hparams)[0], *_given(carry))
+
+
+def _given(carry: Any) -> tuple[Any, ...]:
+    return () if carry is None else (carry,)
 
 
 @contextmanager
@@ -107,8 +110,8 @@ def twice_differentiated(
     """
 
     def forward() -> None:
-        problem.loss(params, split(hparams)[0], batch)
-        outer_value(outer_loss, params, hparams)
+        _, carry = problem.value(params, split(hparams)[0], batch, problem.carry)
+        outer_value(outer_loss, params, hparams, carry)
 
     with second_derivatives(forward, instead):
         if look:
@@ -122,7 +125,7 @@ def _slope(problem: InnerProblem, params: Params, hparams: Params, batch: Any) -
     here = leaves(params)
     devices = {p.device for p in here.values() if p.is_cuda}
     with torch.random.fork_rng(devices=devices), python_draws_kept():
-        value = problem.loss(here, constants(split(hparams)[0]), batch)
+        value, _ = problem.value(here, constants(split(hparams)[0]), batch, problem.carry)
     grads = torch.autograd.grad(value, list(here.values()), create_graph=True, allow_unused=True)
     return torch.stack([g.abs().sum() for g in grads if g is not None]).sum()
 
@@ -150,9 +153,11 @@ def check_inputs(
     with torch.enable_grad():
         originals, params, given = hparams, leaves(params), leaves(hparams)
         others, own = split(given)
-        inner, captured = _scalar(problem.loss, "the inner loss", params, others, batches[0])
+        (inner, carry), captured = with_captured(problem.value, (params, others, batches[0], problem.carry))
+        inner = _scalar(inner, "the inner loss")
         warnings += _constants(captured, "the inner loss", originals)
-        outer, captured = _scalar(outer_loss, "the outer loss", params, others)
+        outer, captured = with_captured(outer_loss, (params, others, *_given(carry)))
+        outer = _scalar(outer, "the outer loss")
         warnings += _constants(captured, "the outer loss", originals)
         if not _reached([inner], params.values()):
             raise HypergradientError(
@@ -165,7 +170,7 @@ def check_inputs(
         for batch in batches[1:]:
             if not unused:
                 break
-            unused = _unused([problem.loss(params, others, batch)], unused)
+            unused = _unused([problem.value(params, others, batch, problem.carry)[0]], unused)
     # Every rule uses its own, if not in every step.
     warnings += tuple(
         f"hyperparameter {name!r}: neither the losses nor the rule use it; its gradient is zero" for name in unused
@@ -291,14 +296,13 @@ def _check_names(rule: UpdateRule, params: Params, hparams: Mapping[str, Tensor]
             )
 
 
-def _scalar(loss: Callable[..., Tensor], what: str, *arguments: Any) -> tuple[Tensor, list[Tensor]]:
-    """The loss, once it is known to be a scalar, and the tensors that require grad which it captured."""
-    value, captured = with_captured(loss, arguments)
+def _scalar(value: Any, what: str) -> Tensor:
+    """The loss, once it is known to be a scalar."""
     if not isinstance(value, Tensor):
         raise HypergradientError(f"{what} gave {type(value).__name__}, expected a scalar tensor")
     if value.dim():
         raise HypergradientError(f"{what} gave a tensor {list(value.shape)}, expected a scalar; take its mean or sum")
-    return value, captured
+    return value
 
 
 def finished(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,13 +17,12 @@ from metahpo.hypergrad.base import (
     InnerState,
     OuterLoss,
     check_inputs,
-    constants,
     finished,
     leaves,
     outer_value,
 )
 from metahpo.inner.gradient import FirstOrder, Grads, InnerLoss
-from metahpo.inner.problem import InnerProblem, split
+from metahpo.inner.problem import InnerProblem, constants, split
 from metahpo.inner.randomness import Draws
 from metahpo.inner.rules.base import UpdateRule
 
@@ -73,13 +72,22 @@ class FiniteDifference:
         warnings = check_inputs(problem, rule, outer_loss, params, hparams, batches, state)
         state, hparams = state or InnerState(None, 0), constants(hparams)
         with torch.no_grad():
-            start = problem.fit(rule, constants(params), hparams, batches[:-1], state=state.rule, step=state.step)
+            start = problem.fit(
+                rule, constants(params), hparams, batches[:-1], state=state.rule, step=state.step, carry=state.carry
+            )
         held, given = _Held(), leaves(hparams)
         with torch.enable_grad():
             end = problem.fit(
-                rule, start.params, given, batches[-1:], gradient=held, state=start.state, step=start.step
+                rule,
+                start.params,
+                given,
+                batches[-1:],
+                gradient=held,
+                state=start.state,
+                step=start.step,
+                carry=start.carry,
             )
-            value = outer_value(outer_loss, end.params, given)
+            value = outer_value(outer_loss, end.params, given, end.carry)
         found: dict[str, Tensor | None] = dict.fromkeys(given)
         if value.requires_grad:
             wanted = [*given.values(), *held.grads.values()]
@@ -87,17 +95,20 @@ class FiniteDifference:
             found = dict(zip(given, reached))
             others = split(given)[0]
             shift = dict(zip(held.grads, reached[len(given) :]))
-            mixed = self._mixed(problem, start.params, others, batches[-1], shift, held.draws)
+
+            def loss(params: Params, others: Params) -> Tensor:
+                return problem.value(params, others, batches[-1], start.carry)[0]
+
+            mixed = self._mixed(loss, start.params, others, shift, held.draws)
             found |= {name: _sum(found[name], g) for name, g in mixed.items()}
-        after = InnerState(constants(end.state), end.step)
+        after = InnerState(constants(end.state), end.step, carry=end.carry)
         return finished(value, found, hparams, end.params, after, start.losses + end.losses, warnings)
 
     def _mixed(
         self,
-        problem: InnerProblem,
+        loss: Callable[[Params, Params], Tensor],
         params: Params,
         others: Params,
-        batch: Any,
         shift: Mapping[str, Tensor | None],
         draws: Draws,
     ) -> dict[str, Tensor | None]:
@@ -112,7 +123,7 @@ class FiniteDifference:
         def slope(sign: int) -> tuple[Tensor | None, ...]:
             shifted = {name: p + sign * e * used[name] if name in used else p for name, p in params.items()}
             with draws.replaying(), torch.enable_grad():
-                value = problem.loss(shifted, others, batch)
+                value = loss(shifted, others)
                 if not value.requires_grad:
                     return (None,) * len(others)
                 return torch.autograd.grad(value, list(others.values()), allow_unused=True)

@@ -17,14 +17,13 @@ from metahpo.hypergrad.base import (
     InnerState,
     OuterLoss,
     check_inputs,
-    constants,
     finished,
     leaves,
     outer_value,
     twice_differentiated,
 )
 from metahpo.hypergrad.tangents import Step, Tangents, zeros
-from metahpo.inner.problem import InnerProblem
+from metahpo.inner.problem import InnerProblem, constants
 from metahpo.inner.rules.base import UpdateRule
 from metahpo.inner.steps import Losses
 
@@ -74,6 +73,7 @@ class Forward:
         warnings = check_inputs(problem, rule, outer_loss, params, hparams, batches, state)
         new, state = state is None, state or InnerState(None, 0)
         params, hparams, losses = constants(params), constants(hparams), Losses()
+        carry = problem.carry if state.carry is None else state.carry
         inner = problem.fit(rule, params, hparams, [], state=state.rule).state
         chunks = self._start(state.memory, params, inner, hparams)
         seeds = _unit_vectors(hparams, [chunk.width for chunk in chunks])
@@ -81,17 +81,17 @@ class Forward:
         named = twice_differentiated(problem, outer_loss, params, hparams, batches[0], instead, new)
         with named, torch.no_grad():
             for step, batch in enumerate(batches, start=state.step):
-                now = Step(problem, rule, params, inner, hparams, batch, step)
+                now = Step(problem, rule, params, inner, hparams, batch, step, carry)
                 for i, seed in enumerate(seeds):
                     chunks[i] = now.pushed(chunks[i], seed)
-                params, inner = now.params, now.state
+                params, inner, carry = now.params, now.state, now.carry
                 losses.add(now.loss)
         with torch.enable_grad():
             ends, given = leaves(params), leaves(hparams)
-            value = outer_value(outer_loss, ends, given)
+            value = outer_value(outer_loss, ends, given, carry)
         grads = _chained(value, ends, given, chunks)
         memory = Memory({name: h.shape for name, h in hparams.items()}, chunks)
-        after = InnerState(inner, state.step + len(batches), memory)
+        after = InnerState(inner, state.step + len(batches), memory, carry)
         return finished(value, grads, hparams, params, after, losses.stretches(), warnings)
 
     def _start(self, memory: Any, params: Params, inner: Any, hparams: Params) -> list[Tangents]:

@@ -18,7 +18,6 @@ from metahpo.hypergrad.base import (
     InnerState,
     OuterLoss,
     check_inputs,
-    constants,
     finished,
     leaves,
     outer_value,
@@ -27,7 +26,7 @@ from metahpo.hypergrad.base import (
 from metahpo.hypergrad.solvers.base import Product, Solution, Solver
 from metahpo.hypergrad.solvers.cg import CG
 from metahpo.hypergrad.systems import System, hessian_system, update_system
-from metahpo.inner.problem import RULE, InnerProblem
+from metahpo.inner.problem import RULE, InnerProblem, constants
 from metahpo.inner.rules.base import UpdateRule
 
 
@@ -79,8 +78,10 @@ class Implicit:
             # By stretches, so that no more than so many losses stand alone.
             for first in range(0, len(batches), 256):
                 stretch = batches[first : first + 256]
-                end = problem.fit(rule, params, constants(hparams), stretch, state=state.rule, step=state.step)
-                params, state = end.params, InnerState(end.state, end.step, state.memory)
+                end = problem.fit(
+                    rule, params, constants(hparams), stretch, state=state.rule, step=state.step, carry=state.carry
+                )
+                params, state = end.params, InnerState(end.state, end.step, state.memory, end.carry)
                 losses.append(torch.stack(end.losses))
         last = batches[-self.batches :]
         return self._at(problem, rule, outer_loss, params, hparams, last, state, losses, warnings, new)
@@ -142,21 +143,22 @@ class Implicit:
         warnings: Sequence[str],
     ) -> Hypergradient:
         ends, given = leaves(params), leaves(hparams)
+        carry = problem.carry if state.carry is None else state.carry
         with torch.enable_grad():
-            value = outer_value(outer_loss, ends, given)
+            value = outer_value(outer_loss, ends, given, carry)
             inputs = [*ends.values(), *given.values()]
             found = (None,) * len(inputs)
             if value.requires_grad:
                 found = torch.autograd.grad(value, inputs, allow_unused=True)
             if self.solver.system == "map":
-                system = update_system(problem, rule, ends, given, batches, state.rule, state.step)
+                system = update_system(problem, rule, ends, given, batches, state.rule, state.step, carry)
             else:
-                system = hessian_system(problem, ends, given, batches)
+                system = hessian_system(problem, ends, given, batches, carry)
         slopes, direct = found[: len(ends)], dict(zip(given, found[len(ends) :]))
         rhs = system.vector(slopes)
         solution = self._solved(system.product, rhs, self._start(state.memory, rhs))
         told = self._told(solution, given)
-        after = InnerState(state.rule, state.step, solution.v)
+        after = InnerState(state.rule, state.step, solution.v, state.carry)
         if not math.isfinite(float(solution.residual)):
             # Raises where the training or the outer loss diverged, which comes first.
             finished(value, dict.fromkeys(given), hparams, params, after, losses)

@@ -21,11 +21,10 @@ from metahpo.hypergrad.base import (
     InnerState,
     OuterLoss,
     check_inputs,
-    constants,
     finished,
     outer_value,
 )
-from metahpo.inner.problem import InnerProblem
+from metahpo.inner.problem import InnerProblem, constants
 from metahpo.inner.randomness import same_draws
 from metahpo.inner.rules.base import RuleState, UpdateRule
 
@@ -33,9 +32,9 @@ from metahpo.inner.rules.base import RuleState, UpdateRule
 class Particles(NamedTuple):
     """What ``PES`` carries from window to window.
 
-    windows: how many there were; params, rule: the inner parameters and the rule's state, row 0 of the unperturbed
-    training, then N/2 with + and N/2 with - their perturbations; xi: the sum of each pair's perturbations, [N/2, ...]
-    by hyperparameter; values: the outer loss of each row, [1 + N].
+    windows: how many there were; params, rule: the inner parameters, and the rule's state with the problem's carry, row
+    0 of the unperturbed training, then N/2 with + and N/2 with - their perturbations; xi: the sum of each pair's
+    perturbations, [N/2, ...] by hyperparameter; values: the outer loss of each row, [1 + N].
     """
 
     windows: int
@@ -106,7 +105,7 @@ class PES:
         params, hparams = constants(params), constants(hparams)
         first = state.step if state else 0
         with torch.no_grad():
-            before = self._before(rule, params, hparams, state)
+            before = self._before(problem, rule, params, hparams, state)
             noise = self._noise(hparams, before.windows)
             given = {name: h + _signed(noise[name]) for name, h in hparams.items()}
             xi = {name: before.xi[name] + noise[name] if self.persistent else noise[name] for name in hparams}
@@ -115,8 +114,9 @@ class PES:
             )
             gains = values - before.values if self.telescoping else values
             grads = self._estimate(xi, gains)
-        final, rule_state = _row(rows, 0), _row(rule_rows, 0)
-        after = InnerState(rule_state, first + len(batches), Particles(before.windows + 1, rows, rule_rows, xi, values))
+        final, (rule_state, carry) = _row(rows, 0), _row(rule_rows, 0)
+        memory = Particles(before.windows + 1, rows, rule_rows, xi, values)
+        after = InnerState(rule_state, first + len(batches), memory, carry)
         lost = torch.isfinite(values[0]) & ~torch.isfinite(values).all()
         if bool(lost):
             count = int((~torch.isfinite(values)).sum())
@@ -126,15 +126,17 @@ class PES:
             )
         return finished(values[0], grads, hparams, final, after, list(losses[0]), warnings)
 
-    def _before(self, rule: UpdateRule, params: Params, hparams: Params, state: InnerState | None) -> Particles:
+    def _before(
+        self, problem: InnerProblem, rule: UpdateRule, params: Params, hparams: Params, state: InnerState | None
+    ) -> Particles:
         """The particles at the window's start: all alike in the first, and in every one if not persistent."""
-        count, windows, rule_state = self.particles + 1, 0, None
+        count, windows = self.particles + 1, 0
         if state is None:
-            rule_state = rule.init(params)
+            rule_state, carry = rule.init(params), problem.carry
         elif isinstance(state.memory, Particles) and len(state.memory.values) == count:
             if self.persistent:
                 return state.memory
-            windows, rule_state = state.memory.windows, state.rule
+            windows, rule_state, carry = state.memory.windows, state.rule, state.carry
         else:
             raise HypergradientError(f"PES: the state is not of an earlier call with {self.particles} particles")
 
@@ -143,7 +145,8 @@ class PES:
 
         xi = {name: h.new_zeros(self.particles // 2, *h.shape) for name, h in hparams.items()}
         values = next(iter(hparams.values())).new_zeros(count)
-        return Particles(windows, map_tree(repeated, params), tree_map_only(Tensor, repeated, rule_state), xi, values)
+        inner = tree_map_only(Tensor, repeated, (rule_state, carry))
+        return Particles(windows, map_tree(repeated, params), inner, xi, values)
 
     def _noise(self, hparams: Params, window: int) -> Params:
         """Each pair's perturbation of each hyperparameter in a window, [N/2, ...]; the same on every device."""
@@ -173,21 +176,22 @@ def _train(
     params: Params,
     hparams: Params,
     batches: list[Any],
-    rule_state: RuleState,
+    rule_state: tuple[RuleState, Any],
     first: int,
-) -> tuple[Params, RuleState, Tensor, Tensor]:
-    """One training a row of params, hparams and the rule's state: their ends, inner losses [rows, K], outer [rows]."""
+) -> tuple[Params, Any, Tensor, Tensor]:
+    """One training a row of params, hparams and (the rule's state, the carry): their ends, inner losses [rows, K],
+    outer [rows]."""
     leaves, spec = tree_flatten(rule_state)
     after: list[Any] = []
 
     def one(params: Params, hparams: Params, tensors: list[Tensor]):
         given = iter(tensors)
-        state = tree_unflatten([next(given) if isinstance(x, Tensor) else x for x in leaves], spec)
-        end = problem.fit(rule, params, hparams, batches, state=state, step=first)
+        state, carry = tree_unflatten([next(given) if isinstance(x, Tensor) else x for x in leaves], spec)
+        end = problem.fit(rule, params, hparams, batches, state=state, step=first, carry=carry)
         # vmap lets only tensors out; what else a rule's state holds is the same for all.
-        after[:] = tree_flatten(end.state)
+        after[:] = tree_flatten((end.state, end.carry))
         out = [x for x in after[0] if isinstance(x, Tensor)]
-        return end.params, out, torch.stack(end.losses), outer_value(outer_loss, end.params, hparams)
+        return end.params, out, torch.stack(end.losses), outer_value(outer_loss, end.params, hparams, end.carry)
 
     given_rows = (params, hparams, [x for x in leaves if isinstance(x, Tensor)])
     try:

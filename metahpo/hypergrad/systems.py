@@ -56,11 +56,13 @@ class System:
         return torch.autograd.grad(outputs, inputs, seeds, retain_graph=True, allow_unused=True)
 
 
-def hessian_system(problem: InnerProblem, params: Params, hparams: Params, batches: Sequence[Any]) -> System:
-    """H v = g at params, with the Hessian of the mean inner loss over the batches."""
+def hessian_system(
+    problem: InnerProblem, params: Params, hparams: Params, batches: Sequence[Any], carry: Any
+) -> System:
+    """H v = g at params, with the Hessian of the mean inner loss over the batches, each at this carry."""
     others = split(hparams)[0]
     inputs = list(params.values())
-    value = _mean(problem).loss(params, others, batches)
+    value = _mean(problem, carry).loss(params, others, batches)
     grads = torch.autograd.grad(value, inputs, create_graph=True, materialize_grads=True)
     return System(value, grads, inputs, others, is_update=False)
 
@@ -73,12 +75,13 @@ def update_system(
     batches: Sequence[Any],
     state: RuleState,
     step: int,
+    carry: Any,
 ) -> System:
     """(I - J^T) v = g at (params, state), with J the Jacobian of the rule's update on the mean inner loss."""
     leaves, spec = tree_flatten(state)
     leaves = [x.detach().requires_grad_() if _moves(x) else x for x in leaves]
     start = tree_unflatten(leaves, spec)
-    end = _mean(problem).fit(rule, params, hparams, [batches], state=start, step=step)
+    end = _mean(problem, carry).fit(rule, params, hparams, [batches], state=start, step=step)
     outputs = [*(end.params[name] for name in params), *filter(_moves, tree_leaves(end.state))]
     inputs = [*params.values(), *filter(_moves, leaves)]
     before, after = ([list(x.shape) for x in xs] for xs in (inputs, outputs))
@@ -90,11 +93,11 @@ def update_system(
     return System(end.losses[0], outputs, inputs, hparams, is_update=True)
 
 
-def _mean(problem: InnerProblem) -> InnerProblem:
-    """The problem with the mean of the loss over a list of batches."""
+def _mean(problem: InnerProblem, carry: Any) -> InnerProblem:
+    """The problem with the mean of the loss over a list of batches, at a carry that stays."""
 
     def loss(params: Params, hparams: Params, batches: Sequence[Any]) -> Tensor:
-        return torch.stack([problem.loss(params, hparams, batch) for batch in batches]).mean()
+        return torch.stack([problem.value(params, hparams, batch, carry)[0] for batch in batches]).mean()
 
     return InnerProblem(loss)
 

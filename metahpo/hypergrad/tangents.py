@@ -40,8 +40,8 @@ def zeros(params: Params, state: RuleState, width: int) -> Tangents:
 
 
 class Step:
-    """One step from (params, state): its result (``params``, ``state``, and the ``loss`` before it), and its derivative
-    along any directions.
+    """One step from (params, state): its result (``params``, ``state``, the ``loss`` before it and the ``carry`` after
+    it), and its derivative along any directions.
 
     The gradient's derivative along (dw, dh) is the product of the loss's Hessian in (w, h) with it, of which reverse
     mode over the gradient's graph gives the part in w: no layer needs a forward mode, and the graph serves all
@@ -57,21 +57,22 @@ class Step:
         hparams: Params,
         batch: Any,
         step: int,
+        carry: Any,
     ):
         self.names, self.hnames, self.step = list(params), list(hparams), step
         self.leaves, self.spec = tree_flatten(state)
         moving = [leaf for leaf in self.leaves if _moves(leaf)]
         self.primals = [*params.values(), *moving, *hparams.values()]
         self.sizes = (len(params), len(moving), len(hparams))
-        self.problem, self.rule, self.batch = problem, rule, batch
+        self.problem, self.rule, self.batch, self.start = problem, rule, batch, carry
         self.draws = Draws(params.values())
         self.gradient = None
         if not getattr(rule, "needs_loss", False):
             skips_unused = getattr(rule, "skips_unused", False)
-            self.gradient = _Gradient(problem, params, split(hparams)[0], batch, skips_unused)
+            self.gradient = _Gradient(problem, params, split(hparams)[0], batch, carry, skips_unused)
             self.primals += self.gradient.grads
         with self.draws.recording():
-            moved, self.state, self.loss = self._move(*self.primals)
+            moved, self.state, self.loss, self.carry = self._move(*self.primals)
         self.params = dict(zip(self.names, moved))
 
     def pushed(self, tangents: Tangents, seed: Params) -> Tangents:
@@ -84,29 +85,36 @@ class Step:
         count = len(self.names)
         return Tangents(tangents.width, slopes[:count], slopes[count:])
 
-    def _move(self, *tensors: Tensor) -> tuple[list[Tensor], RuleState, Tensor]:
+    def _move(self, *tensors: Tensor) -> tuple[list[Tensor], RuleState, Tensor, Any]:
         left = iter(tensors)
         params, moving, hparams = (list(islice(left, size)) for size in self.sizes)
         params, hparams = dict(zip(self.names, params)), dict(zip(self.hnames, hparams))
         given = iter(moving)
         state = tree_unflatten([next(given) if _moves(leaf) else leaf for leaf in self.leaves], self.spec)
         if self.gradient is None:
-            end = self.problem.fit(self.rule, params, hparams, [self.batch], state=state, step=self.step)
-            params, state, loss = end.params, end.state, end.losses[0]
+            end = self.problem.fit(
+                self.rule, params, hparams, [self.batch], state=state, step=self.step, carry=self.start
+            )
+            params, state, loss, carry = end.params, end.state, end.losses[0], end.carry
         else:
             grads = {**dict.fromkeys(self.names), **dict(zip(self.gradient.used, left))}
             arguments = (params, grads, state, self.step)
-            (params, state), loss = call_with(self.rule, split(hparams)[1], arguments), self.gradient.value
-        return [params[name] for name in self.names], state, loss
+            params, state = call_with(self.rule, split(hparams)[1], arguments)
+            loss, carry = self.gradient.value, self.gradient.carry
+        return [params[name] for name in self.names], state, loss, carry
 
 
 class _Gradient:
     """The inner gradient at one place, with the graph for its derivatives."""
 
-    def __init__(self, problem: InnerProblem, params: Params, hparams: Params, batch: Any, skips_unused: bool):
+    def __init__(
+        self, problem: InnerProblem, params: Params, hparams: Params, batch: Any, carry: Any, skips_unused: bool
+    ):
         with torch.enable_grad():
             self.params, given = ([t.detach().requires_grad_() for t in ts.values()] for ts in (params, hparams))
-            value = problem.loss(dict(zip(params, self.params)), dict(zip(hparams, given)), batch)
+            value, self.carry = problem.value(
+                dict(zip(params, self.params)), dict(zip(hparams, given)), batch, carry
+            )
             found = torch.autograd.grad(value, [*self.params, *given], create_graph=True, allow_unused=True)
         self.value = value.detach()
         self.firsts = found

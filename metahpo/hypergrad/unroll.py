@@ -16,14 +16,13 @@ from metahpo.hypergrad.base import (
     InnerState,
     OuterLoss,
     check_inputs,
-    constants,
     finished,
     leaves,
     outer_value,
     twice_differentiated,
 )
 from metahpo.inner.gradient import FirstOrder, InnerGradient, Reverse
-from metahpo.inner.problem import InnerProblem
+from metahpo.inner.problem import InnerProblem, constants
 from metahpo.inner.remat import NoRemat, Remat
 from metahpo.inner.rules.base import UpdateRule
 
@@ -73,8 +72,11 @@ class Unroll:
         params, hparams, losses = constants(params), constants(hparams), []
         if before:
             with torch.no_grad():
-                start = problem.fit(rule, params, hparams, batches[:before], state=state.rule, step=state.step)
-            params, state, losses = start.params, InnerState(start.state, start.step), start.losses
+                start = problem.fit(
+                    rule, params, hparams, batches[:before], state=state.rule, step=state.step, carry=state.carry
+                )
+            params, losses = start.params, start.losses
+            state = InnerState(start.state, start.step, carry=start.carry)
 
         look = new and not isinstance(self.gradient, FirstOrder)
         named = twice_differentiated(problem, outer_loss, params, hparams, batches[0], _FIRST_ORDER, look)
@@ -89,11 +91,12 @@ class Unroll:
                 remat=self.remat,
                 state=state.rule,
                 step=state.step,
+                carry=state.carry,
             )
-            value = outer_value(outer_loss, end.params, given)
+            value = outer_value(outer_loss, end.params, given, constants(end.carry))
             grads = None
             if value.requires_grad:
                 grads = torch.autograd.grad(value, list(given.values()), allow_unused=True)
         found = dict(zip(given, grads or [None] * len(given)))
-        after = InnerState(constants(end.state), end.step)
+        after = InnerState(constants(end.state), end.step, carry=constants(end.carry))
         return finished(value, found, hparams, end.params, after, losses + end.losses, warnings)

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 from metahpo.errors import HypergradientError, did_you_mean
 from metahpo.functional.formulas import by_formula
@@ -23,14 +24,15 @@ RULE = "rule."
 class Fitted(NamedTuple):
     """Where a training of K steps ended.
 
-    params: the final ones; losses: the K scalar losses before each step; state: the rule's state and step: how many
-    steps were taken, both to go on with.
+    params: the final ones; losses: the K scalar losses before each step; state: the rule's state, step: how many steps
+    were taken, and carry: what the last one left, all three to go on with.
     """
 
     params: Params
     losses: list[Tensor]
     state: RuleState
     step: int
+    carry: Any = None
 
 
 class InnerProblem:
@@ -39,15 +41,26 @@ class InnerProblem:
     params, hparams: dicts of tensors by name. A hyperparameter whose name begins with "rule." belongs to the update
     rule (``rule_hparams``); the loss gets the others. Every hyperparameter comes by ``hparams``: a tensor that requires
     grad and that the loss captured instead is an error, wherever the first batch shows it.
+
+    carry: what a step leaves to the next one beside the parameters, as at the first step: the buffers of a net, by
+    name, or any tree of tensors; None: nothing. With one, the loss is ``loss(params, hparams, batch, carry) -> (scalar,
+    new carry)``, and the outer loss ``outer_loss(params, hparams, carry)`` gets what the last step left. It is a
+    constant to every derivative, as buffers are in a training by ``torch.optim``.
     """
 
-    def __init__(self, loss: Callable[[Params, Params, Any], Tensor]):
-        self.loss = by_formula(loss)
+    def __init__(self, loss: Callable[..., Any], carry: Any = None):
+        self.loss, self.carry = by_formula(loss), constants(carry)
+
+    def value(self, params: Params, hparams: Params, batch: Any, carry: Any) -> tuple[Tensor, Any]:
+        """(the loss, the new carry)."""
+        if self.carry is None:
+            return self.loss(params, hparams, batch), None
+        value, carry = self.loss(params, hparams, batch, constants(carry))
+        return value, constants(carry)
 
     def inner_loss(self, params: Params, carry: Any, batch: tuple[Params, Any], step: int) -> tuple[Tensor, Any]:
         """The loss as ``unroll`` takes it; batch: (the loss's hyperparameters, the data)."""
-        hparams, data = batch
-        return self.loss(params, hparams, data), carry
+        return self.value(params, *batch, carry)
 
     def fit(
         self,
@@ -60,10 +73,11 @@ class InnerProblem:
         remat: Remat = NoRemat(),
         state: RuleState = None,
         step: int = 0,
+        carry: Any = None,
     ) -> Fitted:
         """Trains for one step a batch from ``params``; differentiable in params, state and hparams.
 
-        state, step: of an earlier ``Fitted``, to go on from there.
+        state, step, carry: of an earlier ``Fitted``, to go on from there.
         """
         given, own = split(hparams)
         pairs = [(given, batch) for batch in batches]
@@ -73,13 +87,14 @@ class InnerProblem:
             _Given(rule),
             params,
             pairs,
+            carry=self.carry if carry is None else carry,
             gradient=gradient,
             remat=remat,
             keep_steps=False,
             state=carried,
             first=step,
         )
-        return Fitted(path.params, path.losses, path.state[0], step + len(pairs))
+        return Fitted(path.params, path.losses, path.state[0], step + len(pairs), path.carry)
 
 
 class _Given(UpdateRule):
@@ -102,6 +117,11 @@ class _Given(UpdateRule):
 def _init(rule: UpdateRule, own: Params, params: Params) -> RuleState:
     with torch.no_grad():
         return rule.init({name: p.detach() for name, p in params.items()})
+
+
+def constants(tree: Any) -> Any:
+    """The same tree of tensors cut from its graph."""
+    return tree_map_only(Tensor, torch.detach, tree)
 
 
 def split(hparams: Mapping[str, Tensor]) -> tuple[Params, Params]:

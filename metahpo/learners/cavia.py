@@ -16,7 +16,7 @@ from metahpo.learners.base import Adapted
 from metahpo.learners.maml import MAML
 from metahpo.learners.phase import Phase
 
-NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 LAYERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 
 

@@ -114,19 +114,18 @@ class HypergradientObjective:
 
     def _differentiated(self, settings: Mapping[str, float]) -> Outcome:
         rule, hparams, sources = self._given(settings)
-        buffers = self.module.buffers_by_name()
 
-        def output(params: Params, x: Tensor, training: bool) -> Tensor:
-            return self.module.apply_with(params, buffers, x, training=training)[0]
+        def inner(params: Params, hparams: Params, batch: Labelled, buffers: Params) -> tuple[Tensor, Params]:
+            outputs, buffers = self.module.apply_with(params, buffers, batch.x)
+            return self._minimised(outputs, batch.y, params, hparams), buffers
 
-        def inner(params: Params, hparams: Params, batch: Labelled) -> Tensor:
-            return self._minimised(output(params, batch.x, True), batch.y, params, hparams)
+        def outer(params: Params, hparams: Params, buffers: Params) -> Tensor:
+            outputs, _ = self.module.apply_with(params, buffers, self.val.x, training=False)
+            return self.loss(outputs, self.val.y)
 
-        def outer(params: Params, hparams: Params) -> Tensor:
-            return self.loss(output(params, self.val.x, False), self.val.y)
-
+        problem = InnerProblem(inner, self.module.buffers_by_name())
         with seeded(self.seed, device=self.val.x.device):
-            found = self.strategy(InnerProblem(inner), rule, outer, self.weights, hparams, list(self._batches()))
+            found = self.strategy(problem, rule, outer, self.weights, hparams, list(self._batches()))
         gradients = {name: float(found.grads[name]) for name in split(hparams)[0]}
         for name, value in split(found.grads)[1].items():
             for source, grad in zip(sources[name], value.flatten().tolist()):

@@ -113,30 +113,32 @@ class CleaningTuner(Tuner):
         self.data, self.trusted = self.data.to(self.device), self.trusted.to(self.device)
         self.net = net
         self.module = FunctionalModule(net).to(self.device)
-        self.buffers = {name: b.clone() for name, b in self.module.buffers_by_name().items()}
         # An example that no gradient reaches stays at weight 1/2, which the default threshold does not suspect.
         self.logits = torch.zeros(len(self.data.x), dtype=_dtype(net), device=self.device)
         self.optimizer = torch.optim.Adam([self.logits], settings.weight_lr)
         self._looked: tuple[Tensor, SecondLook] | None = None
-        self.problem = InnerProblem(self._weighted_loss)
         self.rule = SGD(settings.lr, momentum=settings.momentum).to(self.device)
 
     def step(self) -> Row:
         s = self.settings
         with seeded(s.seed, _BATCHES, self.iteration, device=self.device):
             batches = [self._batch() for _ in range(s.steps)]
-            found = Unroll()(self.problem, self.rule, self._trusted_loss, self._start(), {LOGITS: self.logits}, batches)
+            start = self._start()
+            problem = InnerProblem(self._weighted_loss, start.buffers_by_name())
+            hparams = {LOGITS: self.logits}
+            found = Unroll()(problem, self.rule, self._trusted_loss, start.params(), hparams, batches)
         self.warnings.update(dict.fromkeys(found.warnings))
         self.logits.grad = found.grads[LOGITS]
         self.optimizer.step()
         low = (torch.sigmoid(self.logits) < s.threshold).double().mean()
         return {"val_loss": float(found.value), "train_loss": float(found.losses[-1]), "low_weight": float(low)}
 
-    def _start(self) -> Params:
+    def _start(self) -> FunctionalModule:
+        """The net that this step trains."""
         if not self.settings.fresh:
-            return self.module.params()
+            return self.module
         net = self.starts.draw(self.settings.seed, _START, self.iteration)
-        return FunctionalModule(net).to(self.device).params()
+        return FunctionalModule(net).to(self.device)
 
     def _batch(self) -> tuple[Labelled, Tensor]:
         """(examples, their numbers)."""
@@ -146,15 +148,17 @@ class CleaningTuner(Tuner):
         which = torch.randperm(count)[:size].to(self.device)
         return self.data.select(which), which
 
-    def _weighted_loss(self, params: Params, hparams: Params, batch: tuple[Labelled, Tensor]) -> Tensor:
+    def _weighted_loss(
+        self, params: Params, hparams: Params, batch: tuple[Labelled, Tensor], buffers: Params
+    ) -> tuple[Tensor, Params]:
         (x, y), which = batch
         weights = torch.sigmoid(hparams[LOGITS])
-        out, _ = self.module.apply_with(params, self.buffers, x)
+        out, buffers = self.module.apply_with(params, buffers, x)
         # By the mean weight of all, so that weights compete and the rate of the training does not fall with them.
-        return (weights[which] * F.cross_entropy(out, y, reduction="none")).mean() / weights.mean()
+        return (weights[which] * F.cross_entropy(out, y, reduction="none")).mean() / weights.mean(), buffers
 
-    def _trusted_loss(self, params: Params, hparams: Params) -> Tensor:
-        out, _ = self.module.apply_with(params, self.buffers, self.trusted.x, training=False)
+    def _trusted_loss(self, params: Params, hparams: Params, buffers: Params) -> Tensor:
+        out, _ = self.module.apply_with(params, buffers, self.trusted.x, training=False)
         return F.cross_entropy(out, self.trusted.y)
 
     def result(self) -> Cleaned:

@@ -33,9 +33,9 @@ class StepRates(UpdateRule):
 class ImageTraining:
     """A net trained by cross-entropy on images [n, ...] with fixed labels, from R initialisations at once.
 
-    net: copied; it runs in evaluation mode throughout, so that batch normalisation keeps its running statistics and
-    dropout is off. labels: [n]; batches: for each step the positions of its images. Parameters have a leading
-    dimension R. The hyperparameters are "images" and "rule.log_rates" [steps].
+    net: copied; it runs in evaluation mode throughout, so that batch normalisation keeps its running statistics (a
+    layer without any takes the batch's) and dropout is off. labels: [n]; batches: for each step the positions of its
+    images. Parameters have a leading dimension R. The hyperparameters are "images" and "rule.log_rates" [steps].
     """
 
     def __init__(self, net: nn.Module, labels: Tensor, batches: Sequence[Tensor]):
@@ -43,6 +43,7 @@ class ImageTraining:
         self.net = FunctionalModule(net)
         if not self.net.params():
             raise NetError(f"net: {type(net).__name__} has no trainable parameters")
+        self.net.freeze_statistics()
         self.rule = StepRates(len(self.batches))
         self.problem = InnerProblem(self.loss)
         # Constants, or an outer gradient would look for them.
@@ -89,4 +90,4 @@ class ImageTraining:
             raise NetError(f"net: gave {shape} for images {list(x.shape)}, expected logits [{len(x)}, {classes}]")
 
     def _call(self, params: Params, x: Tensor) -> Tensor:
-        return self.net.apply_with(params, self.buffers, x, training=False, inductive=True)[0]
+        return self.net.apply_with(params, self.buffers, x, training=False)[0]

@@ -234,19 +234,21 @@ class RatesTuner(Tuner):
         # The rule knows the net's own names.
         prefix = "net." if self.forward else ""
         module = FunctionalModule(WholeBatch(net, self.forward) if self.forward else net)
-        buffers = module.buffers_by_name()
 
-        def value(params: Params, batch: Any, training: bool) -> Tensor:
+        def value(params: Params, batch: Any, buffers: Params, training: bool) -> tuple[Tensor, Params]:
             params = {f"{prefix}{name}": p for name, p in params.items()}
             inputs = batch if self.forward else batch[0]
-            output, _ = module.apply_with(params, buffers, inputs, training=training)
-            return output if self.forward else self.loss(output, batch[1])  # type: ignore[misc]
+            output, buffers = module.apply_with(params, buffers, inputs, training=training)
+            return output if self.forward else self.loss(output, batch[1]), buffers  # type: ignore[misc]
 
-        problem = InnerProblem(lambda params, hparams, batch: value(params, batch, True))
+        def inner_loss(params: Params, hparams: Params, batch: Any, buffers: Params) -> tuple[Tensor, Params]:
+            return value(params, batch, buffers, True)
+
+        problem = InnerProblem(inner_loss, module.buffers_by_name())
         params = {name.removeprefix(prefix): p.detach() for name, p in module.params().items()}
 
-        def outcome(params: Params, hparams: Params) -> Tensor:
-            return value(params, val, False)
+        def outcome(params: Params, hparams: Params, buffers: Params) -> Tensor:
+            return value(params, val, buffers, False)[0]
 
         for attempt in itertools.count():
             values = self.values()

@@ -110,7 +110,7 @@ NETS = {
     "kept in evaluation": (lambda: flat(norm(), kind=KeptInEvaluation), BATCHED),
     "not tracked any more": (lambda: flat(untracked()), BATCHED),
     "stateful": (lambda: flat(Stateful(), norm(momentum=None)), BATCHED),
-    "own forward": (lambda: flat(norm(OwnForward)), TASKWISE),
+    "own forward": (lambda: flat(norm(OwnForward)), BATCHED),
     "in place": (lambda: flat(InPlace()), TASKWISE),
     "spectral": (lambda: flat(nn.utils.parametrizations.spectral_norm(nn.Linear(4, 4))), TASKWISE),
 }
