@@ -148,12 +148,13 @@ def judged(kind: Run, run_dir: Path, arguments: list[str], damaged: str = "") ->
 
 
 def refusal(code: int, err: str, run_dir: Path) -> Outcome:
-    """Held if the last line names a file or a key and there is no other but of warnings."""
+    """Held if one line, or one for each edited key, names a file or a key, and there is no other but of warnings."""
     lines = err.splitlines()
     refusals = [line for line in lines if line.startswith("metahpo: ")]
     if "Traceback" in err:
         return "fell short", f"a traceback: {lines[-1]:.150}"
-    if len(refusals) != 1:
+    keys = [line for line in refusals if re.match(r"metahpo: [\w.]+: config\.yaml says", line)]
+    if len(refusals) != 1 and (not refusals or keys != refusals):
         return "fell short", f"exit status {code} and {len(refusals)} lines: {' / '.join(lines):.300}"
     names = run_dir.name in refusals[0] or re.search(r"\w+\.\w+|\w+:", refusals[0][len("metahpo: ") :])
     return ("held", refusals[0]) if names else ("fell short", f"names nothing: {refusals[0]}")
