@@ -58,8 +58,11 @@ def build_learner(config: RunConfig, tasks: dict[str, TaskSource]) -> MetaLearne
         if isinstance(settings, (ProtoNetSettings, LinearHeadSettings)):
             if regression:
                 raise ConfigError(f"learner.name: {settings.name} is for class labels; the data gives values")
-            return _baseline(settings, net, outputs_of(example), tasks)
-        return LEARNERS[settings.name](net, loss=loss, **_options(settings))
+            learner = _baseline(settings, net, outputs_of(example), tasks)
+        else:
+            learner = LEARNERS[settings.name](net, loss=loss, **_options(settings))
+    learner.look_at(example.support_x)
+    return learner
 
 
 def _policy(config: RunConfig, environment: Environment) -> MetaLearner:
@@ -96,11 +99,11 @@ def _widest(config: RunConfig, example: Task) -> Task:
 
 def _baseline(settings: Any, net: nn.Module, ways: int, tasks: dict[str, TaskSource]) -> MetaLearner:
     if isinstance(settings, ProtoNetSettings):
-        return learners.ProtoNet(net, ways)
+        return learners.ProtoNet(net, ways, head=settings.head)
     train = tasks.get("train")
     if not isinstance(train, Episodes):
         raise ConfigError("learner.name: linear_head needs data with classes; found " + type(train).__name__)
-    return learners.LinearHead(net, ways, train.classes, steps=settings.steps, inner_lr=settings.inner_lr)
+    return learners.LinearHead(net, ways, train.classes, **_options(settings))
 
 
 def _options(settings: Any) -> dict[str, Any]:

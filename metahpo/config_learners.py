@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
@@ -38,6 +38,9 @@ class RatesSettings(GradientSettings):
     layer_step_rates: bool = Field(default=False, description="learn a rate for each tensor and step")
 
 
+HeadName = Annotated[str | None, Field(description="layer of the net that is its head; null: the one that runs last")]
+
+
 class MAMLSettings(RatesSettings):
     name: Literal["maml"]
 
@@ -57,12 +60,14 @@ class ANILSettings(RatesSettings):
     """Adapts the head alone."""
 
     name: Literal["anil"]
+    head: HeadName = None
 
 
 class BOILSettings(RatesSettings):
     """Adapts all but the head."""
 
     name: Literal["boil"]
+    head: HeadName = None
 
 
 class MetaSGDSettings(GradientSettings):
@@ -82,6 +87,7 @@ class WarpMAMLSettings(RatesSettings):
     """Learns layers that precondition the inner steps."""
 
     name: Literal["warp_maml"]
+    head: HeadName = None
 
 
 class CAVIASettings(RatesSettings):
@@ -116,6 +122,7 @@ class ProtoNetSettings(Settings):
     """Nearest mean embedding; a baseline."""
 
     name: Literal["proto_net"]
+    head: HeadName = None
 
 
 class LinearHeadSettings(InnerLoopSettings):
@@ -124,6 +131,7 @@ class LinearHeadSettings(InnerLoopSettings):
     name: Literal["linear_head"]
     steps: int = Field(default=100, ge=1)
     inner_lr: float = Field(default=1.0, gt=0, description="rate, relative to the features' mean square length")
+    head: HeadName = None
 
 
 class PolicyMAMLSettings(Settings):

@@ -12,6 +12,7 @@ from metahpo import native
 from metahpo.functional.batch_norm import PerStepBatchNorm
 from metahpo.functional.kernels import in_forward_mode
 from metahpo.functional.levels import under_torch_func
+from metahpo.functional.surgery import followed
 
 
 def fuse(net: nn.Module) -> None:
@@ -67,7 +68,7 @@ def _fits(module: nn.Module) -> bool:
         and module.groups == 1
         and module.padding in ("same", (size // 2, size // 2))
         and module.padding_mode == "zeros"
-        and not _hooked(module)
+        and not _hooked(module, but=followed)
     )
 
 
@@ -153,7 +154,9 @@ def _halves(module: nn.Module) -> bool:
     )
 
 
-def _hooked(module: nn.Module) -> bool:
-    """Whether more runs than the class's forward method: a hook, or a forward method of the module's own."""
-    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+def _hooked(module: nn.Module, but: Any = None) -> bool:
+    """Whether more runs than the class's forward method: a hook other than ``but``, or a forward method of the module's
+    own."""
+    after = [hook for hook in module._forward_hooks.values() if hook is not but]
+    hooks = (after, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
     return any(hooks) or "forward" in vars(module)

@@ -1,8 +1,8 @@
-"""Copies of a net with a layer more, or without its head."""
+"""Copies of a net with layers more."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from torch import nn
@@ -11,33 +11,19 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from metahpo.errors import NetError, did_you_mean
 from metahpo.functional.copies import copied
 
+# The child that follows a layer, by the name that it had when both were put into an nn.Sequential.
+_FOLLOWER = "1"
 
-class Followed(nn.Sequential):
-    """A layer and one that follows it, with the first one's attributes.
 
-    Attention, as torchvision writes it, reads the weights of its layers and never calls them; there nothing follows.
+def with_layers(net: nn.Module, after: Iterable[str], layer: Callable[[nn.Module], nn.Module]) -> nn.Module:
+    """A copy of ``net`` in which ``layer(module)`` is given what each named module gives, at every call.
+
+    The module stays where and what it is, for nets that read its attributes; the new layer is a child of it, which a
+    forward hook calls.
     """
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            layer = self.__dict__.get("_modules", {}).get("0")
-            if layer is None or name.startswith("_"):
-                raise
-            return getattr(layer, name)
-
-
-def with_layers(
-    net: nn.Module,
-    after: Iterable[str],
-    layer: Callable[[nn.Module], nn.Module],
-    kind: type[Followed] = Followed,
-) -> nn.Module:
-    """A copy of ``net`` in which each named module is followed by ``layer(module)``, both in a module ``kind``."""
     net = copied(net)
     for old in [_find(net, name) for name in after]:
-        _replace(net, old, kind(old, layer(old)))
+        _follow(old, layer(old))
     return net
 
 
@@ -46,30 +32,46 @@ def is_called(layer: nn.Module) -> bool:
     return not isinstance(layer, NonDynamicallyQuantizableLinear)
 
 
-def without_head(net: nn.Module) -> tuple[nn.Module, nn.Module]:
-    """A copy of ``net`` that gives what its head is given, and the head: its last layer with parameters, in the order
-    in which it registers its layers."""
-    net = copied(net)
-    layers = [module for name, module in net.named_modules() if name and any(True for _ in module.parameters(False))]
-    if len(layers) < 2:
-        raise NetError(f"{type(net).__name__} has no layers before its head; expected a net of at least two")
-    _replace(net, layers[-1], nn.Identity())
-    return net, layers[-1]
-
-
 def like(new: nn.Module, old: nn.Module) -> nn.Module:
     """``new`` with parameters of the type of those of ``old``, if any."""
     first = next((p for p in old.parameters() if p.is_floating_point()), None)
     return new if first is None else new.to(first.dtype)
 
 
-def _replace(net: nn.Module, old: nn.Module, new: nn.Module) -> None:
-    """Puts ``new`` wherever ``old`` is registered, be it under several names."""
-    kept = set(new.modules())
-    for parent in list(net.modules()):
-        for name, child in parent._modules.items():
-            if child is old and parent not in kept:
-                parent._modules[name] = new
+def current_names(module: nn.Module, state: Mapping[str, Any]) -> dict[str, Any]:
+    """A state dict by the names of ``module.state_dict()``.
+
+    Where a layer of ``with_layers`` was put into an ``nn.Sequential`` with its follower, as the version before did, the
+    names of the layer's own tensors have a "0." more.
+    """
+    state = dict(state)
+    for path, layer in module.named_modules(remove_duplicate=False):
+        if (follower := getattr(layer, "follower", None)) is None:
+            continue
+        moved = {}
+        for name in layer.state_dict():
+            start, _, rest = name.partition(".")
+            before = f"{path}.1.{rest}" if start == follower else f"{path}.0.{name}"
+            if f"{path}.{name}" not in state and before in state:
+                moved[f"{path}.{name}"] = state.pop(before)
+        state |= moved
+    return state
+
+
+def _follow(layer: Any, new: nn.Module) -> None:
+    name = _FOLLOWER
+    while name in layer._modules:
+        name = str(int(name) + 1)
+    layer.add_module(name, new)
+    layer.follower = name
+    # A plain sequence runs its last child as it runs all.
+    if not (isinstance(layer, nn.Sequential) and type(layer).forward is nn.Sequential.forward):
+        layer.register_forward_hook(followed)
+
+
+def followed(layer: nn.Module, inputs: Any, output: Any) -> Any:
+    """The forward hook of a layer of ``with_layers``."""
+    return layer._modules[layer.follower](output)  # type: ignore[misc,index]
 
 
 def _find(net: nn.Module, name: str) -> nn.Module:

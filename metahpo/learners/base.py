@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from metahpo.checks import KnownKeywords, check_callable
 from metahpo.errors import NetArgumentError, NetError
 from metahpo.functional import FunctionalModule, Params
+from metahpo.functional.surgery import current_names
 from metahpo.learners.accuracy import accuracy
 from metahpo.learners.phase import Phase
 from metahpo.tasks.task import Task
@@ -118,6 +119,17 @@ class MetaLearner(KnownKeywords, nn.Module):
         return any(isinstance(m, FunctionalModule) and m.batch_dependent for m in self.modules())
 
     # What the trainer and the engines use.
+
+    def look_at(self, x: Tensor) -> None:
+        """Looks, at the first call, at how an example batch ``x`` [N, ...] passes through the net, if it matters."""
+
+    def current_state(self, state: Params) -> Params:
+        """A state dict of this or the version before by the names of this one."""
+        return current_names(self, state)
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **options: Any) -> Any:
+        """As torch's; a state dict of the version before is taken too."""
+        return super().load_state_dict(self.current_state(dict(state_dict)), *args, **options)
 
     def forward(self, task: Task, phase: Phase) -> tuple[Tensor, Metrics]:
         """``meta_loss``, so that ``torch.func.functional_call`` runs the learner with other parameters."""

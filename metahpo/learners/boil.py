@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from metahpo.learners.anil import head_of
-from metahpo.learners.maml import MAML
+from metahpo.learners.anil import HeadMAML
 
 
-class BOIL(MAML):
+class BOIL(HeadMAML):
     """Adapts all but the head, which stays as the outer loop learnt it: features change within a task, and not what the
     head makes of them (Oh et al. 2021, section 3).
 
-    Arguments as in ``MAML``; the head is that of ``ANIL``.
+    Arguments as in ``MAML``; the head is that of ``ANIL``, and so is ``head``.
     """
 
     def adapted_names(self) -> list[str]:
-        names = super().adapted_names()
-        head = head_of(names)
-        return [name for name in names if name not in head]
+        head = self.head_names()
+        return [name for name in super().adapted_names() if name not in head]

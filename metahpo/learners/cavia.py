@@ -11,13 +11,17 @@ from metahpo.checks import check_type, check_whole
 from metahpo.errors import NetArgumentError, NetError
 from metahpo.functional import Params
 from metahpo.functional.copies import unwrapped
-from metahpo.functional.surgery import Followed, is_called, like, with_layers
+from metahpo.functional.surgery import is_called, like, with_layers
 from metahpo.learners.base import Adapted
+from metahpo.learners.head import events
 from metahpo.learners.maml import MAML
 from metahpo.learners.phase import Phase
 
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 LAYERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
+# Attributes in which layers say how many channels they give: in dimension 1, or in the last one.
+SECOND = ("num_features", "out_channels", "num_channels")
+LAST = ("out_features", "embedding_dim", "normalized_shape")
 
 
 class FiLM(nn.Module):
@@ -26,7 +30,7 @@ class FiLM(nn.Module):
     size: of the context, a vector of zeros; channels: of x [N, channels, ...], or [N, ..., channels] if ``last``.
     """
 
-    def __init__(self, size: int, channels: int, last: bool):
+    def __init__(self, size: int, channels: int, last: bool = False):
         super().__init__()
         self.last = last
         # Frozen to the outer loop: a task always begins at zero.
@@ -45,9 +49,9 @@ class CAVIA(MAML):
     a layer; the net is learnt by the outer loop and shared by all tasks (Zintgraf et al. 2019, algorithm 1, FiLM as in
     section 5.3).
 
-    net and the rest: as in ``MAML``. context: its size. after: the name of the layer that is followed by the FiLM
-    layer; by default the last of the net's batch norms (before which a scale and shift would have no effect), or its
-    first layer with weights where it has none.
+    net and the rest: as in ``MAML``, without ``adapt_norms``. context: its size. after: the name of the layer that is
+    followed by the FiLM layer; by default the last of the net's batch norms (before which a scale and shift would have
+    no effect), or its first layer with weights where it has none.
     """
 
     def __init__(self, net: nn.Module, *, context: int = 100, after: str | None = None, **options: Any):
@@ -55,8 +59,26 @@ class CAVIA(MAML):
         net = unwrapped(net)
         context = check_whole(self, "context", context, at_least=1, error=NetArgumentError)
         check_type(self, "after", after, (str, type(None)), "the name of a layer", error=NetArgumentError)
-        net = with_layers(net, [after or _place(net)], lambda layer: _film(context, layer), _Modulated)
-        super().__init__(net, **options)
+        if options.get("adapt_norms"):
+            raise NetArgumentError("CAVIA: adapt_norms: the context alone is adapted; leave it off")
+        self._after, self._looked = after or _place(net), False
+        super().__init__(with_layers(net, [self._after], lambda layer: _film(context, layer)), **options)
+
+    def look_at(self, x: Tensor) -> None:
+        if self._looked:
+            return
+        net = self.module.net
+        called = {net.get_submodule(name) for kind, name in events(self.module, x) if kind == "begin"}
+        if not any(isinstance(layer, FiLM) for layer in called):
+            raise NetArgumentError(
+                f"CAVIA: after: the net never calls its layer {self._after!r}, so that nothing can follow it; name "
+                "another by after='LAYER'"
+            )
+        self._looked = True
+
+    def adapt(self, support_x: Tensor, support_y: Tensor, phase: Phase) -> Adapted:
+        self.look_at(support_x)
+        return super().adapt(support_x, support_y, phase)
 
     def adapted_names(self) -> list[str]:
         return list(self._contexts())
@@ -69,21 +91,6 @@ class CAVIA(MAML):
         return {f"{name}.context": module.context for name, module in modules if isinstance(module, FiLM)}
 
 
-class _Modulated(Followed):
-    def __getattr__(self, name: str) -> Any:
-        layer = self.__dict__.get("_modules", {}).get("0")
-        if layer is not None and name in layer._parameters:
-            raise NetError(
-                f"after: the net reads the {name} of this {type(layer).__name__} and does not call it, so that nothing "
-                "can follow it; name another layer"
-            )
-        return super().__getattr__(name)
-
-
-def _film(context: int, layer: nn.Module) -> nn.Module:
-    return like(FiLM(context, _channels(layer), isinstance(layer, nn.Linear)), layer)
-
-
 def _place(net: nn.Module) -> str:
     names = [name for name, module in net.named_modules() if isinstance(module, NORMS)]
     names = names or [name for name, m in net.named_modules() if isinstance(m, LAYERS) and is_called(m)][:1]
@@ -92,9 +99,13 @@ def _place(net: nn.Module) -> str:
     return names[-1]
 
 
-def _channels(layer: nn.Module) -> int:
-    for name in ("num_features", "out_channels", "out_features"):
-        if hasattr(layer, name):
-            return getattr(layer, name)
+def _film(context: int, layer: nn.Module) -> nn.Module:
+    for name in (*SECOND, *LAST):
+        if (channels := getattr(layer, name, None)) is not None:
+            channels = channels if isinstance(channels, int) else channels[-1]
+            return like(FiLM(context, channels, last=name in LAST), layer)
     kinds = ", ".join(kind.__name__ for kind in (*NORMS, *LAYERS))
-    raise NetError(f"after: a {type(layer).__name__} does not say how many channels it gives; expected one of {kinds}")
+    raise NetError(
+        f"after: a {type(layer).__name__} does not say how many channels it gives; expected one of {kinds}, or a layer "
+        f"with one of the attributes {', '.join((*SECOND, *LAST))}"
+    )

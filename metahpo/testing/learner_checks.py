@@ -119,6 +119,7 @@ def keeps_nothing(subject: LearnerSubject) -> None:
     """Tasks leave no trace: in the learner, in its parameters and buffers, in the tasks' tensors, in other tasks."""
     learner, phase = subject.fresh(), Phase()
     first, second = subject.batch.select(0), subject.batch.select(1)
+    learner.look_at(first.support_x)  # What it keeps of that, it may.
     given = [t.clone() for t in (*first, *second)]
     attributes = {name: id(value) for name, value in vars(learner).items()}
     state = {name: value.clone() for name, value in learner.state_dict().items()}

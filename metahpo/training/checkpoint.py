@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from metahpo.errors import CheckpointError, one_line, shown
+from metahpo.learners.base import MetaLearner
 from metahpo.runs.files import checksum, write_atomically
 
 State = dict[str, Any]
@@ -182,9 +183,11 @@ def _check_entries(data: bytes, path: Path) -> None:
         raise CheckpointError(f"checkpoint {path}: {which}, expected what torch.save writes; refused")
 
 
-def load_learner(learner: torch.nn.Module, state: Mapping[str, torch.Tensor], where: str | Path) -> None:
+def load_learner(learner: torch.nn.Module, state: dict[str, torch.Tensor], where: str | Path) -> None:
     """``learner.load_state_dict`` with an error that names the first entry which does not fit."""
     own = learner.state_dict()
+    if isinstance(learner, MetaLearner):
+        state = learner.current_state(state)
     optional = {
         f"{name}.{key}" for name, module in learner.named_modules() for key in getattr(module, "optional_state", ())
     }

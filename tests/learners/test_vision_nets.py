@@ -157,7 +157,7 @@ def test_cavia_modulates_channels_that_stand_last_and_refuses_a_layer_that_is_no
     assert all(g.isfinite().all() for g in learnt(Loop, learner, tasks).values())
     context = learner.adapt(*tasks.select(0)[:2], Phase()).params["patches.1.context"]
     assert bool(context.any())
-    with pytest.raises(NetError, match=r"^after: the net reads the weight of this Linear .*name another layer"):
+    with pytest.raises(NetError, match=r"CAVIA: after: the net never calls its layer 'qkv', .*name another"):
         learnt(Loop, CAVIA(Attention(), after="qkv").double(), tasks)
 
 

@@ -46,6 +46,12 @@ class Engine(Protocol):
         ...
 
 
+def prepare(learner: MetaLearner, tasks: Task, phase: Phase) -> None:
+    """Sets the learner's mode, and lets it look at an example; every engine does so first."""
+    learner.train(phase.training)
+    learner.look_at(tasks.support_x[0])
+
+
 def mean_metrics(rows: Sequence[Metrics]) -> Metrics:
     """The means over tasks of their metrics, and under "buffers" what the tasks make of the buffers."""
     buffers = [row.pop("buffers", {}) for row in rows]

@@ -21,7 +21,7 @@ from metahpo.inner.randomness import Unrepeatable
 from metahpo.learners.base import MetaLearner, Metrics
 from metahpo.learners.phase import Phase
 from metahpo.tasks.task import Task
-from metahpo.training.engines.base import MetaGradient
+from metahpo.training.engines.base import MetaGradient, prepare
 from metahpo.training.engines.record import Program, Record
 from metahpo.training.engines.refusal import failing_module
 from metahpo.training.engines.vmap import VMap, batched_gradient
@@ -49,7 +49,7 @@ class Trace:
         self._shapes: dict[Any, Any] = {}
 
     def meta_gradient(self, learner: MetaLearner, tasks: Task, phase: Phase) -> MetaGradient:
-        learner.train(phase.training)
+        prepare(learner, tasks, phase)
         if self._learner() is not learner:
             self._learner, self._records, self._shapes = weakref.ref(learner), {}, {}
         kind, record = self._record(learner, tasks, phase)

@@ -13,7 +13,7 @@ from metahpo.functional.trees import Params, stack_trees
 from metahpo.learners.base import MetaLearner, Metrics
 from metahpo.learners.phase import Phase
 from metahpo.tasks.task import Task
-from metahpo.training.engines.base import MetaGradient, mean_metrics, stack_metrics
+from metahpo.training.engines.base import MetaGradient, mean_metrics, prepare, stack_metrics
 
 
 class Loop:
@@ -25,7 +25,7 @@ class Loop:
         self._checked: Callable[[], MetaLearner | None] = lambda: None
 
     def meta_gradient(self, learner: MetaLearner, tasks: Task, phase: Phase) -> MetaGradient:
-        learner.train(phase.training)
+        prepare(learner, tasks, phase)
         params = learner.outer_params()
         count = tasks.query_x.shape[0]
         total: list[Tensor] | tuple[Tensor, ...] | None = None
@@ -45,6 +45,6 @@ class Loop:
 
     @torch.no_grad()
     def evaluate(self, learner: MetaLearner, tasks: Task, phase: Phase) -> tuple[Metrics, Params]:
-        learner.train(phase.training)
+        prepare(learner, tasks, phase)
         results = [learner.evaluate(tasks.select(index), phase) for index in range(tasks.query_x.shape[0])]
         return stack_metrics([metrics for metrics, _ in results]), stack_trees([outputs for _, outputs in results])

@@ -22,7 +22,7 @@ from metahpo.learners.base import MetaLearner, Metrics
 from metahpo.learners.phase import Phase
 from metahpo.native import conv_taps
 from metahpo.tasks.task import Task
-from metahpo.training.engines.base import MetaGradient, mean_metrics, stack_metrics
+from metahpo.training.engines.base import MetaGradient, mean_metrics, prepare, stack_metrics
 from metahpo.training.engines.python_state import Watch, shown
 from metahpo.training.engines.refusal import refusal
 
@@ -45,6 +45,7 @@ class Threads:
         self._pool = ThreadPoolExecutor(self.workers, "metahpo", initializer=torch.set_num_threads, initargs=(1,))
 
     def meta_gradient(self, learner: MetaLearner, tasks: Task, phase: Phase) -> MetaGradient:
+        prepare(learner, tasks, phase)
         count = tasks.query_x.shape[0]
         first = self._watched() is not learner
 
@@ -59,7 +60,7 @@ class Threads:
             return loss.detach(), torch.autograd.grad(loss, params, materialize_grads=True), metrics
 
         with second_derivatives(again):
-            losses, grads, rows = zip(*self._each(learner, phase, one, count))
+            losses, grads, rows = zip(*self._each(learner, one, count))
         total = grads[0]
         for more in grads[1:]:
             total = torch._foreach_add(total, more)
@@ -72,13 +73,13 @@ class Threads:
             with torch.no_grad():
                 return learner.evaluate(tasks.select(index), phase)
 
-        results = self._each(learner, phase, one, tasks.query_x.shape[0])
+        prepare(learner, tasks, phase)
+        results = self._each(learner, one, tasks.query_x.shape[0])
         return stack_metrics([metrics for metrics, _ in results]), stack_trees([outputs for _, outputs in results])
 
-    def _each(self, learner: MetaLearner, phase: Phase, one: Callable[[MetaLearner, int], T], count: int) -> list[T]:
+    def _each(self, learner: MetaLearner, one: Callable[[MetaLearner, int], T], count: int) -> list[T]:
         if any(param.is_cuda for param in learner.parameters()):
             raise NetError("engine threads runs on the CPU only; choose vmap, trace or graph for CUDA")
-        learner.train(phase.training)
         drawn = torch.get_rng_state()
         twins = [fused_copy(learner) for _ in range(min(self.workers, count))]
         watches = [Watch(twin) for twin in twins] if self._watched() is not learner else []

@@ -16,7 +16,7 @@ from metahpo.functional.trees import Params, map_tree
 from metahpo.learners.base import MetaLearner, Metrics
 from metahpo.learners.phase import Phase
 from metahpo.tasks.task import Task
-from metahpo.training.engines.base import MetaGradient, mean, merged_metrics
+from metahpo.training.engines.base import MetaGradient, mean, merged_metrics, prepare
 from metahpo.training.engines.loop import Loop
 from metahpo.training.engines.refusal import refusal
 
@@ -27,7 +27,7 @@ class VMap:
     name = "vmap"
 
     def meta_gradient(self, learner: MetaLearner, tasks: Task, phase: Phase) -> MetaGradient:
-        learner.train(phase.training)
+        prepare(learner, tasks, phase)
         # Detached: nothing outside of vmap is to be recorded for a second gradient.
         outer = map_tree(torch.detach, learner.outer_params())
         try:
@@ -40,7 +40,7 @@ class VMap:
 
     @torch.no_grad()
     def evaluate(self, learner: MetaLearner, tasks: Task, phase: Phase) -> tuple[Metrics, Params]:
-        learner.train(phase.training)
+        prepare(learner, tasks, phase)
         evaluate = vmap(lambda *task: learner.evaluate(Task._make(task), phase), randomness="different")
         return _run(self.name, learner, lambda: evaluate(*tasks))
 
