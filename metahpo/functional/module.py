@@ -24,7 +24,7 @@ from metahpo.functional.kernels import is_recurrent, twice_differentiable
 from metahpo.functional.strays import refuse_strays
 from metahpo.functional.swap import call_with
 from metahpo.functional.trees import Params
-from metahpo.functional.writes import refuse_writes
+from metahpo.functional.writes import later_write, refuse_writes, versions
 
 
 class FunctionalModule(nn.Module):
@@ -42,8 +42,9 @@ class FunctionalModule(nn.Module):
     Raises NetError for lazy modules that have not run yet, and at the first call for a net that checkpoints activations
     inside: the recomputation would read the net's own weights instead of the ones given, which is silently wrong. The
     same at the first two calls for a net that reaches weights which require grad past its registered parameters (a
-    Python list, a function or a hook over ``self``): they would neither adapt nor learn; and for one that writes into
-    its parameters, as ``Embedding`` with max_norm does: its initial weights would change.
+    Python list, a function or a hook over ``self``): they would neither adapt nor learn; and at any call for one that
+    writes into its parameters, as ``Embedding`` with max_norm does: its initial weights would change. (Of what is
+    written after the first two calls by way of ``.data`` torch keeps no count.)
     """
 
     def __init__(self, net: nn.Module, *, statistics_rows: int = 1, affine_rows: int = 1):
@@ -52,6 +53,7 @@ class FunctionalModule(nn.Module):
             if isinstance(tensor, (UninitializedParameter, UninitializedBuffer)):
                 raise NetError(f"{type(net).__name__}.{name} is lazy; run the net once on an example batch first")
         self.net = convert_batch_norm(net, statistics_rows=statistics_rows, affine_rows=affine_rows)
+        self._weights = list(self.net.parameters())
         self._norms = [m for m in self.net.modules() if isinstance(m, PerStepBatchNorm)]
         self.seen = Seen()
         self._evaluating = [m for m in self.net.modules() if not m.training] if net.training else []
@@ -145,16 +147,24 @@ class FunctionalModule(nn.Module):
         # The second call too: what the first left behind may be in its way.
         watch = self.seen.calls[kind] < 2 and sys.getprofile() is None and not torch.compiler.is_compiling()
         formulas = ByFormula() if watch or self.seen.by_formula else nullcontext()
+        weights = [*params.values(), *self._weights]
+        before = versions(weights)
         with (
             formulas,
+            # Where no gradient is asked for too the graph shows what the net computes with.
+            torch.enable_grad() if watch else nullcontext(),
             refuse_checkpointing(self.net) if watch else nullcontext(),
             refuse_writes(self.net, params) if watch else nullcontext(),
-            refuse_strays(self.net, state, inputs) if watch and kind[1] else nullcontext([]) as outputs,
+            refuse_strays(self.net, state, inputs) if watch else nullcontext([]) as outputs,
             twice_differentiable(self._recurrent),
             batched_convolutions(inputs),
         ):
             output = self._call(state, inputs)
             outputs.append(output)
+        if before != versions(weights):
+            raise later_write(self.net, params, before)
+        if watch and not kind[1]:
+            output, state = tree_map(_without_graph, (output, state))
         if watch:
             self.seen.calls[kind] += 1
             self.seen.by_formula |= formulas.used  # type: ignore[union-attr]
@@ -187,6 +197,10 @@ class FunctionalModule(nn.Module):
 def _as(old: Tensor, new: Tensor) -> Tensor:
     # Where nothing has to be done the tensor itself, which ``to`` would wrap under torch.func: it would look new.
     return new if new.dtype == old.dtype else new.to(old.dtype)
+
+
+def _without_graph(leaf: object) -> object:
+    return leaf.detach() if isinstance(leaf, Tensor) and leaf.grad_fn is not None else leaf
 
 
 @dataclass

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from metahpo.errors import NetError
-from metahpo.functional.levels import levels
+from metahpo.functional.levels import levels, under_torch_func
 
 
 @contextmanager
@@ -39,6 +39,27 @@ def refuse_writes(net: nn.Module, params: Mapping[str, Tensor]) -> Iterator[None
                 f"{type(net).__name__} fills its buffer {f'{name}.{key}'.lstrip('.')!r}, which was "
                 "None, when it runs; register it with a tensor of its shape"
             )
+
+
+def versions(tensors: Iterable[Tensor]) -> list[int]:
+    """How often each tensor was written into, by torch's count; it costs no look at the tensors' values."""
+    try:
+        if under_torch_func():  # The count is that of the innermost tensor.
+            return [innermost._version for tensor in tensors for *_, innermost in [levels(tensor)]]
+        return [tensor._version for tensor in tensors]
+    except RuntimeError:  # Those made in inference mode have no count.
+        return []
+
+
+def later_write(net: nn.Module, params: Mapping[str, Tensor], before: list[int]) -> NetError:
+    """What to raise where ``versions`` of ``params`` and the net's own parameters differ from those before a call."""
+    tensors = [*params.items(), *net.named_parameters()]
+    now = versions(tensor for _, tensor in tensors)
+    name = next((name for (name, _), old, new in zip(tensors, before, now) if old != new), "")
+    return NetError(
+        f"{type(net).__name__} wrote into its parameter {name!r} when it ran, not at its first calls but at a later "
+        "one, which changed the weights that it was given; write into buffers alone"
+    )
 
 
 class _Watch(TorchDispatchMode):

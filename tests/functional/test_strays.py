@@ -10,7 +10,7 @@ from torch import nn
 
 from metahpo.errors import NetError
 from metahpo.functional import FunctionalModule
-from metahpo.learners import MAML, Phase
+from metahpo.learners import MAML, LinearHead, Phase, ProtoNet
 from metahpo.tasks import Task
 from metahpo.training.engines import Loop, Threads, Trace, VMap
 
@@ -169,3 +169,20 @@ def test_only_the_first_two_calls_are_looked_at(monkeypatch):
     for _ in range(4):
         F.cross_entropy(module(module.params(), x), torch.zeros(4, dtype=torch.long)).backward()
     assert len(looks) == 2
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+@pytest.mark.parametrize("engine", [Loop, Threads, VMap])
+@pytest.mark.parametrize("kind", [lambda net: ProtoNet(net, 2), lambda net: LinearHead(net, 2, 2, steps=2)])
+def test_a_learner_that_is_only_evaluated_is_looked_at_too(kind, engine):
+    def net(grad):
+        return nn.Sequential(nn.Linear(3, 3), Net("list", grad), nn.Linear(2, 2))
+
+    x, y = torch.randn(2, 4, 3), torch.arange(4).repeat(2, 1) % 2
+    with pytest.raises(NetError, match=r"weights\[0\].*requires grad but is not among the parameters"):
+        engine().evaluate(kind(net(True)), Task(x, y, x, y), Phase())
+    learner = kind(net(False))  # A constant.
+    first, again, third = (engine().evaluate(learner, Task(x, y, x, y), Phase()) for _ in range(3))
+    assert not any(t.requires_grad for t in first[1].values())
+    for other in (again, third):  # Looked at or not, the numbers are the same.
+        torch.testing.assert_close(other, first, rtol=0, atol=0)

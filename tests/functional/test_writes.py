@@ -81,3 +81,34 @@ def test_a_buffer_that_was_none_is_named():
 def test_a_net_that_writes_elsewhere_runs():
     module = FunctionalModule(nn.Sequential(Words(), nn.ReLU(inplace=True)))
     assert module(module.params(), torch.randn(2, 3)).shape == (2, 3)
+
+
+class Late(nn.Linear):
+    """Clamps its weight from a call on."""
+
+    def __init__(self, calls):
+        super().__init__(3, 3)
+        self.left = [calls]
+
+    def forward(self, x):
+        self.left[0] -= 1
+        if self.left[0] < 0:
+            with torch.no_grad():
+                self.weight.clamp_(-0.1, 0.1)
+        return super().forward(x)
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+@pytest.mark.parametrize("engine", [Loop, VMap])
+@pytest.mark.parametrize("frozen", [False, True])
+def test_a_write_that_begins_after_many_calls_is_refused_by_name(engine, frozen):
+    net = nn.Sequential(nn.Linear(3, 3), Late(20))
+    net[1].weight.requires_grad_(not frozen)
+    learner, engine = MAML(net, steps=1), engine()
+    tasks = Task(*(torch.randn(2, 4, 3) if i % 2 == 0 else torch.arange(4).repeat(2, 1) % 3 for i in range(4)))
+    message = r"wrote into its parameter '1\.weight'" if engine.name == "loop" else "cannot run|wrote into"
+    with pytest.raises(NetError, match=message):
+        for _ in range(20):
+            engine.meta_gradient(learner, tasks, Phase(training=True))
+    # At once; after it vmap has loop try the first task.
+    assert learner.module.net[1].left[0] >= -2
