@@ -88,7 +88,11 @@ class MAML(MetaLearner):
         if rule is None:
             rule = self.default_rule(inner_lr, learn_lr)
             if any(p.dtype == torch.float64 for p in self.module.params().values()):
-                rule = rule.double()  # Never below torch's default type: a rate is to learn in small steps.
+                # Never below torch's default type: a rate is to learn in small steps.
+                rounded, rule = torch.tensor(inner_lr).double(), rule.double()
+                with torch.no_grad():  # The rate given, and not what it became in the default type.
+                    for p in rule.parameters():
+                        p.copy_(torch.where(p == rounded, inner_lr, p))
         self.rule = rule
 
     def adapted_names(self) -> list[str]:

@@ -77,3 +77,22 @@ def test_a_net_of_another_type_gives_the_gradient_of_float64_to_its_rounding(nam
     assert float(torch.stack(gaps).norm()) <= rounding * float(size)
     metrics, _ = Loop().evaluate(learner, tasks(dtype), Phase())
     assert torch.isfinite(metrics["loss"]).all()
+
+
+@pytest.mark.parametrize("name", ["MAML", "MAMLPlusPlus", "MetaSGD", "BOIL"])
+def test_the_rates_of_a_float64_net_are_the_number_given(name):
+    rates = [p for p in LEARNERS[name](small_net().double()).rule.parameters() if p.dtype == torch.float64]
+    assert rates
+    assert all(bool((p == 0.1).all()) for p in rates)  # Not 0.10000000149, float32's nearest.
+
+
+def test_the_rates_of_a_bfloat16_net_stay_float32_and_have_its_gradient():
+    # In bfloat16 a step of 1e-4 from 0.1 would be lost.
+    learner, x = MAMLPlusPlus(small_net().bfloat16(), steps=2), tasks(torch.bfloat16)
+    wanted = MAMLPlusPlus(small_net().bfloat16().double(), steps=2)
+    phase = learner.training_phase(0)
+    found = Loop().meta_gradient(learner, x, phase).grads["rule.rates"]
+    assert found.dtype == learner.rule.rates.dtype == torch.float32
+    exact = Loop().meta_gradient(wanted, Task(*(t.double() if t.is_floating_point() else t for t in x)), phase)
+    exact = exact.grads["rule.rates"].float()
+    assert float((found - exact).norm() / exact.norm()) < 0.1
