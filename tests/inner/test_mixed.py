@@ -252,6 +252,24 @@ def test_dropout_is_drawn_once_and_repeated(gradient, remat):
     assert torch.equal(torch.get_rng_state(), before)
 
 
+@pytest.mark.parametrize("layer", [nn.Dropout(0.5), nn.AlphaDropout(0.5)])
+def test_dropout_under_vmap_has_the_gradient_of_reverse_mode_by_the_same_numbers(layer):
+    net = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), layer, nn.Linear(5, 1)).double()
+    params, x = {name: p.detach() for name, p in net.named_parameters()}, torch.randn(2, 3, 4, dtype=torch.float64)
+
+    def outer(params, x, gradient):
+        loss = lambda p, c, b, s: (functional_call(net, p, (b,)).pow(2).mean(), c)  # noqa: E731
+        fitted = unroll(loss, SGD(0.125, learnable=False), params, [x] * 2, gradient=gradient).params
+        return functional_call(net, fitted, (x,)).sum()
+
+    def gradients(gradient):
+        torch.manual_seed(2)
+        of_each = vmap(grad(lambda p, x: outer(p, x, gradient)), in_dims=(None, 0), randomness="different")
+        return of_each(params, x)
+
+    torch.testing.assert_close(gradients(Mixed("func")), gradients(Reverse()), rtol=1e-10, atol=1e-12)
+
+
 def test_threads_run_it_without_dropout_and_are_refused_with_it():
     rule, given = Momentum(), problem()
     expected = gradients(rule, outer(given, rule, 3), given)
