@@ -15,6 +15,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from metahpo.searchers.executors.ray_cluster import PATIENCE
+
 
 @contextmanager
 def cluster() -> Iterator[dict[str, str]]:
@@ -30,8 +32,7 @@ def cluster() -> Iterator[dict[str, str]]:
         "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": secrets.token_hex(32),
-        # For machines with much else to do.
-        "RAY_raylet_start_wait_time_s": "120",
+        **PATIENCE,
     }
     with tempfile.NamedTemporaryFile("w+") as out:
         # A head has no other one's address.

@@ -73,8 +73,11 @@ def test_a_search_on_a_cluster_of_its_own(tmp_path, monkeypatch):
 
     environment = dict(os.environ)
     with Study(Space(n=Int(0, 4)), Grid(), tmp_path / "study.db") as study:
-        with pytest.raises(SearchError, match=r"^the objective cannot be read in another process: ZeroDivisionError"):
+        with pytest.raises(SearchError) as refusal:
             study.optimize(objective, workers=Ray(2, threads=1), on_trial=look)
+        if "timed out during startup" in str(refusal.value) and os.getloadavg()[0] > 3 * (os.cpu_count() or 1):
+            pytest.skip("Ray gives its own processes a fixed time to start, too short on a machine as busy as this")
+        assert str(refusal.value).startswith("the objective cannot be read in another process: ZeroDivisionError")
         assert not ray.is_initialized()
         assert dict(os.environ) == environment
         # What had ended has; the rest is gone on with elsewhere.

@@ -21,6 +21,13 @@ from metahpo.searchers.executors.base import Died, Event, Executor, Finished, Ob
 from metahpo.searchers.executors.processes import packed, shares
 from metahpo.searchers.trial import Job
 
+# How long Ray waits for its own processes: on a machine with much else to do it would take slow ones for dead ones.
+PATIENCE = {
+    "RAY_raylet_start_wait_time_s": "120",
+    "RAY_worker_register_timeout_seconds": "600",
+    "RAY_health_check_timeout_ms": "60000",
+}
+
 
 @dataclass
 class _Place:
@@ -168,9 +175,8 @@ def _on_loopback(ray: Any) -> Iterator[None]:
     """
     constants = ray._private.ray_constants
     before, name = constants.ENABLE_RAY_CLUSTER, constants.ENABLE_RAY_CLUSTERS_ENV_VAR
-    # The time is for machines with much else to do. Who has set these has a reason.
-    wishes = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_raylet_start_wait_time_s": "120"}
-    with patch.dict(os.environ, {**wishes, **os.environ, name: "0"}):
+    # Who has set these has a reason.
+    with patch.dict(os.environ, {"RAY_USAGE_STATS_ENABLED": "0", **PATIENCE, **os.environ, name: "0"}):
         constants.ENABLE_RAY_CLUSTER = False
         try:
             yield
