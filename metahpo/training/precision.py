@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from metahpo.errors import ConfigArgumentError
 from metahpo.functional import FunctionalModule
 from metahpo.learners.base import MetaLearner
 from metahpo.training.settings import TrainingSettings
@@ -21,7 +22,11 @@ def precision(learner: MetaLearner, settings: TrainingSettings) -> Iterator[None
     updates, rates and running statistics stay in float32. "tf32": float32 products and convolutions may round their
     inputs to TF32 on a GPU that has it; on the CPU it is float32. "float32": they may not, nor may what autocast leaves
     in float32 (torch itself lets convolutions).
+
+    Raises:
+        ConfigArgumentError: Inside ``torch.autocast``.
     """
+    refuse_autocast()
     modules = [module for module in learner.modules() if isinstance(module, FunctionalModule)]
     before = [module.autocast for module in modules]
     on_cuda = settings.torch_device().type == "cuda"
@@ -38,3 +43,17 @@ def precision(learner: MetaLearner, settings: TrainingSettings) -> Iterator[None
             module.autocast = dtype
         for backend, allow in zip(backends, allowed):
             backend.allow_tf32 = allow
+
+
+def refuse_autocast() -> None:
+    """Refuses to run inside ``torch.autocast``, which keeps rounded copies of weights that are updated meanwhile.
+
+    Raises:
+        ConfigArgumentError: Where autocast is on in this thread.
+    """
+    for device in ("cpu", "cuda"):
+        if torch.is_autocast_enabled(device):
+            raise ConfigArgumentError(
+                f"torch.autocast: found it on for {device} around a training or evaluation, expected it off; "
+                "precision='bf16' of TrainingSettings runs a learner's nets in bfloat16"
+            )

@@ -42,6 +42,9 @@ class Trainer:
     a net takes from ``random`` and ``numpy.random``) from (seed, e, i): a run that was interrupted and resumed is bit
     for bit the run that was not (on the CPU, with the same torch and number of threads).
 
+    ``optimizer`` may be changed and replaced between epochs, also by a scheduler of your own: a group's rate is the
+    settings' (``lr``, ``min_lr``) only as long as nobody else sets it.
+
     Inside a process group of ``torch.distributed`` every rank makes the same trainer and calls the same methods; each
     step's tasks are shared among them, and rank 0 alone keeps the run. W ranks give the numbers of one process to
     rounding, except that what a step draws (dropout) differs from rank to rank and so with W.
@@ -67,6 +70,7 @@ class Trainer:
         with intra_op_threads(self.settings.threads):
             self.engine = ENGINES[self.settings.engine]()
         self.optimizer = self._optimizer()
+        self._rate = self.settings.lr
         self.epoch, self.iteration = 0, 0
         self.history: list[Row] = []
         self._partial = SumOfMetrics()
@@ -133,6 +137,7 @@ class Trainer:
             content = {**versions(self.device), "ranks": str(self.ranks.size)}
             write_json(self.run_dir / "versions.json", content)
         self.ranks.share_state(self.learner)
+        self._finite.signum = None  # That of a stop before.
         with Interrupts() as interrupts:
             # One that was stopped while it validated has all its updates and no row.
             while self.updates < until or self.epoch < until // size:
@@ -179,11 +184,7 @@ class Trainer:
     def _run_epoch(self, interrupts: Interrupts, end: int) -> Row | None:
         """Runs the epoch up to iteration ``end``, and validates if that is its last; None if it is not."""
         settings, start = self.settings, time.perf_counter()
-        rate = settings.lr
-        if settings.min_lr is not None:
-            rate = cosine(self.epoch, settings.epochs, settings.lr, settings.min_lr)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
+        rate = self._set_rates()
         phase = self._phase()
         end = min(end, settings.iterations)
         shares = (self.ranks.share(self._numbers(i)) for i in range(self.iteration, end))
@@ -210,6 +211,17 @@ class Trainer:
         self.epoch, self.iteration, self._partial = self.epoch + 1, 0, SumOfMetrics()
         self._save()
         return {**row, "seconds": self._seconds[-1]}
+
+    def _set_rates(self) -> float:
+        """Sets the epoch's rate in the groups that have the one before it; gives the first group's."""
+        settings, before = self.settings, self._rate
+        self._rate = settings.lr
+        if settings.min_lr is not None:
+            self._rate = cosine(self.epoch, settings.epochs, settings.lr, settings.min_lr)
+        for group in self.optimizer.param_groups:
+            if group["lr"] == before:
+                group["lr"] = self._rate
+        return float(self.optimizer.param_groups[0]["lr"])
 
     def _phase(self) -> Phase:
         phase = self.learner.training_phase(self.epoch)
@@ -294,6 +306,7 @@ class Trainer:
             "iteration": self.iteration,
             "learner": self.learner.state_dict(),
             "optimizer": self.optimizer.state_dict(),
+            "rate": self._rate,
             "history": self.history,
             "partial": self._partial.state(),
             "settings": self.settings.model_dump(),
@@ -310,6 +323,8 @@ class Trainer:
     def _load(self, state: State, path: Path) -> None:
         load_learner(self.learner, state["learner"], path)
         self.optimizer.load_state_dict(state["optimizer"])
+        # The version before let no group have another.
+        self._rate = state.get("rate", self.optimizer.param_groups[0]["lr"])
         self.epoch, self.iteration, self.history = state["epoch"], state["iteration"], state["history"]
         self._partial = SumOfMetrics(**state["partial"])
         if isinstance(self.engine, Auto):

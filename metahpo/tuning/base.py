@@ -14,6 +14,7 @@ from metahpo.errors import ConfigArgumentError
 from metahpo.learners.accuracy import accuracy
 from metahpo.training.environment import progress
 from metahpo.training.metrics import Row
+from metahpo.training.precision import refuse_autocast
 
 
 class Result(Protocol):
@@ -92,6 +93,7 @@ class Tuner:
 
         each: called after every step with its row.
         """
+        refuse_autocast()
         until = self.iterations if until is None else min(until, self.iterations)
         with progress(self.title, self.iterations, self.iteration) as bar:
             while self.iteration < until:

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 
-from metahpo.errors import NetError
+from metahpo.errors import NetError, shown
 from metahpo.functional.copies import trainable
 from metahpo.picture import Picture
 
@@ -145,11 +145,11 @@ class RateSchedule(LRScheduler):
 
     def __init__(self, optimizer: torch.optim.Optimizer, rates: Rates):
         self.rates = rates
-        found = len(optimizer.param_groups)
-        if found != len(rates.groups):
+        names = [group.get("name") for group in optimizer.param_groups]
+        if set(names) != set(rates.groups) or len(names) != len(rates.groups):
             raise NetError(
-                f"scheduler: the optimizer has {found} parameter groups, expected the {len(rates.groups)} of "
-                "param_groups(net)"
+                f"scheduler: the names of the optimizer's groups are {shown(names)}, expected "
+                f"{shown(list(rates.groups))}, those of param_groups(net)"
             )
         super().__init__(optimizer)
 
@@ -157,8 +157,15 @@ class RateSchedule(LRScheduler):
         """Without the rates themselves, so that a checkpoint of it is plain values."""
         return {name: value for name, value in super().state_dict().items() if name != "rates"}
 
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Also sets the rates of the step that it was at; those of the first are there since it was made."""
+        super().load_state_dict(state_dict)
+        for group, rate in zip(self.optimizer.param_groups, self.get_lr()):
+            group["lr"] = rate
+
     def get_lr(self) -> list[float | Tensor]:
-        settings = self.rates.at(self.last_epoch)
-        for group, values in zip(self.optimizer.param_groups, settings):
-            group.update({name: value for name, value in values.items() if name != "lr"})
-        return [values["lr"] for values in settings]
+        settings = dict(zip(self.rates.groups, self.rates.at(self.last_epoch)))
+        groups = self.optimizer.param_groups
+        for group in groups:
+            group.update({name: value for name, value in settings[group["name"]].items() if name != "lr"})
+        return [settings[group["name"]]["lr"] for group in groups]

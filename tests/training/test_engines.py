@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import multiprocessing
 import random
 import re
 import threading
@@ -631,3 +632,19 @@ def test_an_engines_raw_error_does_not_end_what_loop_can_run(monkeypatch, capsys
     found = Auto().meta_gradient(learner, sines(), Phase(training=True))
     assert_equal(found, Loop().meta_gradient(learner, sines(), Phase(training=True)))
     assert "engine auto: loop for training (threads cannot, vmap cannot)" in capsys.readouterr().err
+
+
+def test_threads_begin_anew_in_a_fork():
+    engine, tasks, own = Threads(), images(2), build("mlp")
+    wanted = engine.evaluate(own, tasks, Phase())[0]["loss"]
+    answers = multiprocessing.get_context("fork").SimpleQueue()
+
+    def run() -> None:
+        answers.put(engine.evaluate(own, tasks, Phase())[0]["loss"].tolist())
+
+    process = multiprocessing.get_context("fork").Process(target=run)
+    process.start()
+    process.join(60)
+    process.kill()
+    assert process.exitcode == 0
+    assert answers.get() == wanted.tolist()

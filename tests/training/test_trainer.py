@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from metahpo.errors import CheckpointError, NonFiniteError
+from metahpo.errors import CheckpointError, ConfigError, NonFiniteError
 from metahpo.learners import MAML, Adapted, MAMLPlusPlus, MetaLearner
 from metahpo.nets import MLP
 from metahpo.tasks import Sinusoid, Task
@@ -396,3 +396,36 @@ def test_the_global_generator_is_left_alone():
     torch.manual_seed(5)
     trainer().fit(until_epoch=1)
     assert torch.equal(torch.rand(3), expected)
+
+
+def test_a_rate_that_a_scheduler_of_the_users_sets_is_kept_also_after_a_stop(tmp_path):
+    torch.manual_seed(0)
+    own = trainer(tmp_path / "run", optimizer="SGD", lr=0.1)
+    own.optimizer.param_groups[0]["lr"] = 0.2
+    schedule = torch.optim.lr_scheduler.ExponentialLR(own.optimizer, 0.5)
+    rows = own.fit(until_iteration=9, on_epoch=lambda row: schedule.step())
+    assert [row["lr"] for row in rows] == [0.2, 0.1]
+    again = Trainer.resume(tmp_path / "run", learner(), Blobs(), Blobs(1))
+    assert again.fit()[-1]["lr"] == own.fit()[-1]["lr"] == 0.05
+    for found, wanted in zip(again.learner.parameters(), own.learner.parameters()):
+        assert torch.equal(found, wanted)
+
+
+def test_the_settings_rate_is_annealed_beside_a_group_with_its_own_and_a_resumed_run_takes_a_new_one(tmp_path):
+    both = trainer(tmp_path / "run", optimizer="SGD", lr=0.1, min_lr=0.01)
+    params = list(both.learner.outer_params().values())
+    both.optimizer = torch.optim.SGD([{"params": params[:1], "lr": 0.1}, {"params": params[1:], "lr": 0.03}])
+    both.fit(2)
+    assert [group["lr"] for group in both.optimizer.param_groups] == [cosine(1, 3, 0.1, 0.01), 0.03]
+    trainer(tmp_path / "constant", lr=0.1).fit(1)
+    settings = TrainingSettings(**{**QUICK, "lr": 0.25})
+    again = Trainer.resume(tmp_path / "constant", learner(), Blobs(), Blobs(1), settings)
+    assert [row["lr"] for row in again.fit(2)] == [0.1, 0.25]
+
+
+def test_an_autocast_around_a_training_or_an_evaluation_is_refused():
+    own = trainer()
+    with torch.autocast("cpu", torch.bfloat16):
+        for call in (own.fit, lambda: own.evaluate(Blobs(1), 3)):
+            with pytest.raises(ConfigError, match=r"torch.autocast: found it on for cpu .* precision='bf16'"):
+                call()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
 
@@ -199,7 +200,7 @@ def test_bad_input_is_one_line(digits):
     other = nn.Sequential(nn.Flatten(), nn.Linear(64, 8), nn.Tanh(), nn.Linear(8, 8), nn.Linear(8, 10))
     with pytest.raises(NetError, match=r"the tuned net has no trainable parameter '4\.weight'"):
         rates.param_groups(other)
-    with pytest.raises(NetError, match="has 1 parameter groups, expected the 2"):
+    with pytest.raises(NetError, match=r"groups are \[None\], expected \[.*\], those of param_groups"):
         rates.scheduler(torch.optim.SGD(net.parameters(), 0.1))
 
 
@@ -249,3 +250,36 @@ def test_a_forward_of_any_batch_gives_what_a_loss_of_pairs_gives(digits, inner_g
         tune_rates(small_net(), F.cross_entropy, *named, **options)
     with pytest.raises(ConfigError, match="found neither of loss and forward, expected one"):
         tune_rates(small_net(), None, train, val, **options)
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_a_schedule_goes_on_at_its_own_step_and_finds_its_groups_by_name(order):
+    values = {"lr": torch.tensor([[0.01, 0.02, 0.03], [0.04, 0.05, 0.06]]), "momentum": torch.full((2, 3), 0.9)}
+    rates = Rates("sgd", {"first": ["0.weight", "0.bias"], "last": ["1.weight", "1.bias"]}, 6, values)
+
+    def begun():
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+        return net, torch.optim.SGD(rates.param_groups(net)[::order], 0.1)
+
+    def steps(net, optimizer, scheduler, count):
+        for _ in range(count):
+            net(torch.ones(2, 3)).square().sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            scheduler.step()
+
+    net, optimizer = begun()
+    scheduler = rates.scheduler(optimizer)
+    steps(net, optimizer, scheduler, 4)
+    state = copy.deepcopy((optimizer.state_dict(), scheduler.state_dict(), net.state_dict()))
+    again, other = begun()
+    again.load_state_dict(state[2])
+    other.load_state_dict(state[0])
+    schedule = rates.scheduler(other)
+    schedule.load_state_dict(state[1])
+    assert [group["lr"] for group in other.param_groups] == pytest.approx([0.03, 0.06][::order])
+    steps(net, optimizer, scheduler, 1)
+    steps(again, other, schedule, 1)
+    for found, wanted in zip(again.parameters(), net.parameters()):
+        assert torch.equal(found, wanted)

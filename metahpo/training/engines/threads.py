@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import os
 import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -42,6 +43,10 @@ class Threads:
     def __init__(self) -> None:
         self.workers = torch.get_num_threads()
         self._watched: Callable[[], MetaLearner | None] = lambda: None
+        self._start()
+
+    def _start(self) -> None:
+        self._process = os.getpid()
         self._pool = ThreadPoolExecutor(self.workers, "metahpo", initializer=torch.set_num_threads, initargs=(1,))
 
     def meta_gradient(self, learner: MetaLearner, tasks: Task, phase: Phase) -> MetaGradient:
@@ -80,6 +85,8 @@ class Threads:
     def _each(self, learner: MetaLearner, one: Callable[[MetaLearner, int], T], count: int) -> list[T]:
         if any(param.is_cuda for param in learner.parameters()):
             raise NetError("engine threads runs on the CPU only; choose vmap, trace or graph for CUDA")
+        if self._process != os.getpid():  # Threads do not come along in a fork.
+            self._start()
         drawn = torch.get_rng_state()
         twins = [fused_copy(learner) for _ in range(min(self.workers, count))]
         watches = [Watch(twin) for twin in twins] if self._watched() is not learner else []
