@@ -30,6 +30,7 @@ EXPLANATION = (
 SAME = (
     "This learner predicts each query independently of the others, so transductive and inductive accuracy are the same."
 )
+NOT_ALONE = "This learner's prediction of a query depends on the other queries, so it has no inductive accuracy."
 LOSS_CURVE = (
     " The training loss is the outer loop's own objective: with a multi-step loss, the weighted sum over the inner "
     "steps."
@@ -123,6 +124,8 @@ def _results(history: list[Row], test: dict[str, Any] | None, learner: MetaLearn
         return f"{table}\n\n{caption}"
     heads = ["model", "accuracy, transductive", "inductive", "before adapting"]
     table = _table(heads, ["accuracy", "accuracy_inductive", "accuracy_before"], rows, _percent)
+    if not any("accuracy_inductive" in row for row in rows.values()):
+        return f"{table}\n\n{caption} {NOT_ALONE}"
     return f"{table}\n\n{caption} {EXPLANATION if learner.batch_dependent else SAME}"
 
 

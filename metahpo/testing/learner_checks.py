@@ -14,9 +14,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from metahpo.functional.buffers import whole_state
 from metahpo.learners.phase import Phase
 from metahpo.tasks.task import Task
 from metahpo.testing.learner_subject import LearnerSubject, distance
+from metahpo.training.alone import inductive_gap
 from metahpo.training.engines import ENGINES
 from metahpo.training.environment import seeded
 from metahpo.training.settings import TrainingSettings
@@ -122,7 +124,7 @@ def keeps_nothing(subject: LearnerSubject) -> None:
     learner.look_at(first.support_x)  # What it keeps of that, it may.
     given = [t.clone() for t in (*first, *second)]
     attributes = {name: id(value) for name, value in vars(learner).items()}
-    state = {name: value.clone() for name, value in learner.state_dict().items()}
+    state = {name: value.clone() for name, value in whole_state(learner).items()}
     alone = learner.outputs(second, phase)
     training = learner.training_phase(0)
     learner.meta_loss(first, training)
@@ -130,12 +132,21 @@ def keeps_nothing(subject: LearnerSubject) -> None:
     after = learner.outputs(second, phase)
     changed = [n for n, value in vars(learner).items() if attributes.get(n) != id(value)]
     assert not changed, f"adapt, predict or meta_loss sets self.{changed[0]}; return it, or pass it in Adapted"
-    for name, value in learner.state_dict().items():
+    for name, value in whole_state(learner).items():
         assert torch.equal(value, state[name]), f"{name} is changed in place; hand new buffers out under 'buffers'"
     assert all(torch.equal(a, b) for a, b in zip((*first, *second), given)), "a task's tensors are changed in place"
     for kind, values in alone.items():
         gap = distance(after[kind], values)
         assert gap == 0, f"outputs {kind!r} of a task differ by {gap:.1e} after another task was run"
+
+
+def predicts_each_query_alone(subject: LearnerSubject) -> None:
+    """The outputs "inductive" of a query are the same whatever other queries there are, and in whatever order."""
+    gap = inductive_gap(subject.fresh(), subject.batch.select(0))
+    assert gap < AGREE, (
+        f"outputs 'inductive' of some queries differ by {gap:.1e} without the others, expected those of each query "
+        "alone; is the query set read as a whole, or are its places? (override outputs where it is meant to be)"
+    )
 
 
 def repeats(subject: LearnerSubject) -> None:
@@ -202,8 +213,8 @@ def resumes(subject: LearnerSubject) -> None:
         Trainer(subject.fresh(), source, source, SETTINGS, folder).fit(until_epoch=1)
         rest = Trainer.resume(folder, subject.fresh(), source, source)
         rest.fit()
-    for name, value in whole.learner.state_dict().items():
-        gap = distance(rest.learner.state_dict()[name], value)
+    for name, value in whole_state(whole.learner).items():
+        gap = distance(whole_state(rest.learner)[name], value)
         assert gap == 0, f"{name} of a run that was resumed differs by {gap:.1e} from that of one that was not"
 
 
@@ -212,6 +223,7 @@ LEARNER_CHECKS = (
     engines_agree,
     gradient_is_right,
     keeps_nothing,
+    predicts_each_query_alone,
     repeats,
     holds_tensors_where_they_move,
     saves_and_loads,

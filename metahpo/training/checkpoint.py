@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from metahpo.errors import CheckpointError, one_line, shown
+from metahpo.functional.buffers import load_whole_state, optional_state, whole_state
 from metahpo.learners.base import MetaLearner
 from metahpo.runs.files import checksum, write_atomically
 
@@ -184,20 +185,17 @@ def _check_entries(data: bytes, path: Path) -> None:
 
 
 def load_learner(learner: torch.nn.Module, state: dict[str, torch.Tensor], where: str | Path) -> None:
-    """``learner.load_state_dict`` with an error that names the first entry which does not fit."""
-    own = learner.state_dict()
+    """``load_whole_state`` with an error that names the first entry which does not fit."""
+    own, optional = whole_state(learner), optional_state(learner)
     if isinstance(learner, MetaLearner):
         state = learner.current_state(state)
-    optional = {
-        f"{name}.{key}" for name, module in learner.named_modules() for key in getattr(module, "optional_state", ())
-    }
     for name in [*own, *state]:
         if name in optional and name not in state:
             continue
         found, expected = _shape(state, name), _shape(own, name)
         if found != expected:
             raise CheckpointError(f"{where} does not fit the learner: {name!r} is {found}, expected {expected}")
-    learner.load_state_dict(state)
+    load_whole_state(learner, state)
 
 
 def _shape(state: Mapping[str, Any], name: str) -> tuple[int, ...] | str:

@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
 from metahpo import torchrun
 from metahpo.errors import MetaHPOError, RankError, one_line
-from metahpo.functional.buffers import is_running_average
+from metahpo.functional.buffers import is_running_average, load_whole_state, whole_state
 from metahpo.functional.trees import Params, join
 from metahpo.training.engines import MetaGradient
 
@@ -133,7 +133,7 @@ class Ranks:
     def share_state(self, module: nn.Module) -> None:
         """Gives every rank rank 0's parameters and buffers."""
         if self.size > 1:
-            module.load_state_dict(self.on_first(lambda: tree_map_only(Tensor, Tensor.cpu, dict(module.state_dict()))))
+            load_whole_state(module, self.on_first(lambda: tree_map_only(Tensor, Tensor.cpu, whole_state(module))))
 
     @contextmanager
     def agreed(self) -> Iterator[None]:
@@ -151,6 +151,10 @@ class Ranks:
             raise error
         if any(failed):
             raise MetaHPOError("")  # Said by another rank.
+
+    def each(self, value: T) -> list[T]:
+        """Every rank's value, in their order."""
+        return [value] if self.size == 1 else self._gather(value)
 
     def wait(self) -> None:
         """Waits until all ranks are here."""

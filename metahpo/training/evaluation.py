@@ -16,6 +16,7 @@ from metahpo.functional.trees import join, map_tree
 from metahpo.learners.base import MetaLearner
 from metahpo.learners.phase import Phase
 from metahpo.tasks.task import TaskSource
+from metahpo.training.alone import without_false_inductive
 from metahpo.training.distributed import current
 from metahpo.training.engines import ENGINES, Engine
 from metahpo.training.environment import intra_op_threads, progress, seeded
@@ -72,6 +73,7 @@ def _evaluate(
                 nullcontext() if first else explained(learner, batch),
             ):
                 found, answers = engine.evaluate(learner, batch, Phase())
+                found, answers = without_false_inductive(learner, batch, found, answers, ranks)
             metrics.append(found)
             outputs.append(answers)
             done += numbers

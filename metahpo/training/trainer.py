@@ -14,6 +14,7 @@ import torch
 
 from metahpo.checks import check_callable, check_type, check_whole
 from metahpo.errors import CheckpointError, ConfigArgumentError, NetArgumentError, NonFiniteError, one_line, shown
+from metahpo.functional.buffers import whole_state
 from metahpo.learners.base import MetaLearner
 from metahpo.learners.phase import Phase
 from metahpo.runs.files import write_json
@@ -202,7 +203,12 @@ class Trainer:
             self._save()
             return None
         self._refuse(self._finite.look())
-        validation = self._validate(interrupts)
+        try:
+            validation = self._validate(interrupts)
+        except Exception:
+            # Not the training of an epoch for its validation; resuming validates again.
+            self._save()
+            raise
         row = {"epoch": self.epoch + 1, "lr": rate}
         row.update({f"train_{name}": value for name, value in self._partial.means().items()})
         row.update({f"val_{name}": value for name, value in validation.items()})
@@ -304,7 +310,7 @@ class Trainer:
         state = {
             "epoch": self.epoch,
             "iteration": self.iteration,
-            "learner": self.learner.state_dict(),
+            "learner": whole_state(self.learner),
             "optimizer": self.optimizer.state_dict(),
             "rate": self._rate,
             "history": self.history,

@@ -36,6 +36,7 @@ from metahpo.testing.learner_checks import (
     gradient_is_right,
     holds_tensors_where_they_move,
     keeps_nothing,
+    predicts_each_query_alone,
     repeats,
     resumes,
     saves_and_loads,
@@ -136,15 +137,15 @@ class Good(MetaLearner):
         super().__init__()
         self.module = FunctionalModule(net)
 
-    def embed(self, x):
-        return self.module({}, x)
+    def embed(self, x, phase):
+        return self.module.apply_with({}, self.module.buffers_by_name(), x, inductive=phase.inductive)[0]
 
     def adapt(self, support_x, support_y, phase):
         members = (support_y == torch.arange(3)[:, None]).double()
-        return Adapted({"means": members @ self.embed(support_x).double() / 2}, phase)
+        return Adapted({"means": members @ self.embed(support_x, phase).double() / 2}, phase)
 
     def predict(self, adapted, x):
-        embedded = self.embed(x)
+        embedded = self.embed(x, adapted.phase)
         return -(embedded[:, None] - adapted.params["means"].to(embedded)).square().sum(-1)
 
 
@@ -184,6 +185,32 @@ class WritesInPlace(Good):
         return super().adapt(support_x, support_y, phase)
 
 
+class CountsInPlace(Good):
+    def __init__(self, net):
+        super().__init__(net)
+        self.register_buffer("count", torch.zeros(()), persistent=False)
+
+    def predict(self, adapted, x):
+        self.count += 1
+        return super().predict(adapted, x)
+
+
+class ReadsPlaces(Good):
+    def predict(self, adapted, x):
+        return super().predict(adapted, x) + torch.nn.functional.one_hot(torch.arange(len(x)) % 3, 3)
+
+
+class ReadsTheWhole(Good):
+    def predict(self, adapted, x):
+        logits = super().predict(adapted, x)
+        return logits - logits.mean(0)
+
+
+class ByTheBatch(Good):
+    def embed(self, x, phase):
+        return self.module({}, x)
+
+
 class ADraw(Good):
     def predict(self, adapted, x):
         return super().predict(adapted, x) * torch.rand((), generator=self.generator, dtype=x.dtype)
@@ -221,6 +248,10 @@ FAULTS = [
     (Detached, gradient_is_right, "is something detached"),
     (Remembers, keeps_nothing, "sets self.last"),
     (WritesInPlace, keeps_nothing, "tensors are changed in place"),
+    (CountsInPlace, keeps_nothing, "count is changed in place"),
+    (ReadsPlaces, predicts_each_query_alone, "expected those of each query alone"),
+    (ReadsTheWhole, predicts_each_query_alone, "expected those of each query alone"),
+    (ByTheBatch, predicts_each_query_alone, "expected those of each query alone"),
     (ADraw, repeats, "is another the second time"),
     (LeftBehind, holds_tensors_where_they_move, "self.scale holds a tensor"),
     (Hides, saves_and_loads, "after loading its state_dict differ"),

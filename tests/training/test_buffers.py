@@ -10,11 +10,14 @@ from torch import nn
 from torch.func import functional_call
 
 from metahpo.errors import NetError
-from metahpo.functional.buffers import is_running_average
-from metahpo.learners import MAML, Phase, ProtoNet
+from metahpo.functional.buffers import is_running_average, whole_state
+from metahpo.learners import MAML, Adapted, MetaLearner, Phase, ProtoNet
 from metahpo.tasks import Task
+from metahpo.training import Trainer, TrainingSettings
+from metahpo.training.checkpoint import load_learner
 from metahpo.training.distributed import Ranks
 from metahpo.training.engines import Loop, MetaGradient, Threads, Trace, VMap
+from metahpo.training.evaluation import evaluate
 
 STEPS, RATE, COUNT = 2, 0.125, 3
 ENGINES = {"loop": Loop, "threads": Threads, "vmap": VMap}
@@ -252,3 +255,117 @@ def test_a_buffer_that_changes_its_shape_is_named():
     result = Loop().meta_gradient(learner, tasks(), Phase(training=True))
     with pytest.raises(NetError, match=r"'module\.net\.kept' became \[3\] in training, expected \[1\]"):
         learner.update_buffers(result.metrics["buffers"])
+
+
+class Moving(nn.Linear):
+    """Two buffers that no state dict holds, one in a part of it."""
+
+    def __init__(self):
+        super().__init__(4, 3)
+        self.register_buffer("mean", torch.zeros(4), persistent=False)
+        self.norm = nn.BatchNorm1d(4)
+        self.norm.register_buffer("running_mean", torch.zeros(4), persistent=False)
+
+    def forward(self, x):
+        if self.training:
+            self.mean = 0.5 * self.mean + x.detach().mean(0)
+        return super().forward(self.norm(x) - self.mean)
+
+
+class Source:
+    """Tasks that are all the same, but for those from ``bad`` on, which cannot be had."""
+
+    def __init__(self, bad: int = 99):
+        self.bad = bad
+
+    def batch(self, indices):
+        if max(indices) >= self.bad:
+            raise OSError("the disk is gone")
+        chosen = [index % COUNT for index in indices]
+        return Task(*(part[chosen] for part in tasks()))
+
+    def task(self, index):
+        return self.batch([index]).select(0)
+
+
+SETTINGS = TrainingSettings(
+    epochs=2, iterations=2, tasks=2, val_tasks=2, engine="loop", device="cpu", check=False, check_gradient=False
+)
+
+
+def moving() -> MAML:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return MAML(Moving().double(), steps=1, loss=squares).double()
+
+
+def test_a_run_goes_on_with_the_buffers_that_a_state_dict_leaves_out(tmp_path):
+    whole = Trainer(moving(), Source(), Source(), SETTINGS)
+    whole.fit()
+    Trainer(moving(), Source(), Source(), SETTINGS, tmp_path).fit(until_iteration=3)
+    rest = Trainer.resume(tmp_path, moving(), Source(), Source())
+    rest.fit()
+    wanted, found = (dict(run.learner.named_buffers()) for run in (whole, rest))
+    assert wanted["module.net.mean"].abs().min() > 0
+    torch.testing.assert_close(found, wanted, rtol=0, atol=0)
+    # An older checkpoint does not have them.
+    learner = moving()
+    load_learner(learner, whole.learner.state_dict(), "it")
+    assert not learner.module.net.mean.any()
+
+
+def test_ranks_begin_with_the_buffers_that_a_state_dict_leaves_out(monkeypatch):
+    first, second = moving(), moving()
+    first.module.net.mean += 1
+    monkeypatch.setattr(Ranks, "on_first", lambda self, function: whole_state(first))
+    Ranks(1, 2).share_state(second)
+    torch.testing.assert_close(dict(second.named_buffers()), dict(first.named_buffers()), rtol=0, atol=0)
+
+
+class WritesWhenItPredicts(MetaLearner):
+    """A net called by itself, which writes into its buffers in evaluation too."""
+
+    def __init__(self):
+        super().__init__(squares)
+        self.net = flat(InPlace()).double()
+
+    def adapt(self, support_x, support_y, phase):
+        return Adapted({}, phase)
+
+    def predict(self, adapted, x):
+        return self.net(x)
+
+
+def test_evaluation_leaves_no_trace_and_no_task_sees_another():
+    learner = WritesWhenItPredicts()
+    wanted = [copy.deepcopy(learner).evaluate(tasks().select(index), Phase())[0]["loss"] for index in range(COUNT)]
+    for engine in (Loop(), Threads(), Loop()):
+        found = engine.evaluate(learner, tasks(), Phase())[0]["loss"]
+        torch.testing.assert_close(found, torch.stack(wanted), rtol=0, atol=0)
+    assert learner.net[1].count == 0
+
+
+def test_whatever_validation_raises_the_epoch_is_kept(tmp_path):
+    run = Trainer(moving(), Source(), Source(bad=1), SETTINGS, tmp_path)
+    with pytest.raises(OSError, match="the disk is gone"):
+        run.fit()
+    rest = Trainer.resume(tmp_path, moving(), Source(), Source())
+    assert rest.updates == SETTINGS.iterations
+    whole = Trainer(moving(), Source(), Source(), SETTINGS)
+    assert rest.fit() == whole.fit()
+
+
+class ReadsPlaces(WritesWhenItPredicts):
+    def predict(self, adapted, x):
+        return super().predict(adapted, x) + torch.eye(len(x), 3).to(x)
+
+
+def test_inductive_figures_that_depend_on_the_query_set_are_left_out_with_a_warning():
+    learner = ReadsPlaces()
+    with pytest.warns(UserWarning, match="ReadsPlaces: outputs 'inductive' .* are left out"):
+        metrics, outputs = evaluate(learner, Source(), 4, SETTINGS)
+    assert set(metrics) == {"loss"} and set(outputs) == {"after"}
+    # It is said once, and left out each time.
+    assert set(evaluate(learner, Source(), 2, SETTINGS)[1]) == {"after"}
+    metrics, outputs = evaluate(moving(), Source(), 2, SETTINGS)
+    assert "loss_inductive" in metrics and "inductive" in outputs

@@ -8,6 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from metahpo.functional.buffers import copied_buffers
 from metahpo.functional.second_order import check_graph, second_derivatives
 from metahpo.functional.trees import Params, stack_trees
 from metahpo.learners.base import MetaLearner, Metrics
@@ -46,5 +47,8 @@ class Loop:
     @torch.no_grad()
     def evaluate(self, learner: MetaLearner, tasks: Task, phase: Phase) -> tuple[Metrics, Params]:
         prepare(learner, tasks, phase)
-        results = [learner.evaluate(tasks.select(index), phase) for index in range(tasks.query_x.shape[0])]
+        results = []
+        for index in range(tasks.query_x.shape[0]):
+            with copied_buffers(learner):
+                results.append(learner.evaluate(tasks.select(index), phase))
         return stack_metrics([metrics for metrics, _ in results]), stack_trees([outputs for _, outputs in results])

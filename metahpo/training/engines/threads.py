@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from metahpo.errors import NetError
 from metahpo.functional import FunctionalModule, Params
+from metahpo.functional.buffers import copied_buffers
 from metahpo.functional.copies import copied
 from metahpo.functional.second_order import check_graph, second_derivatives
 from metahpo.functional.trees import stack_trees
@@ -75,7 +76,7 @@ class Threads:
 
     def evaluate(self, learner: MetaLearner, tasks: Task, phase: Phase) -> tuple[Metrics, Params]:
         def one(learner: MetaLearner, index: int) -> tuple[Metrics, Params]:
-            with torch.no_grad():
+            with torch.no_grad(), copied_buffers(learner):
                 return learner.evaluate(tasks.select(index), phase)
 
         prepare(learner, tasks, phase)

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.func import grad, vmap
 
 from metahpo.errors import NetError
+from metahpo.functional.buffers import copied_buffers
 from metahpo.functional.swap import call_with
 from metahpo.functional.trees import Params, map_tree
 from metahpo.learners.base import MetaLearner, Metrics
@@ -42,7 +43,8 @@ class VMap:
     def evaluate(self, learner: MetaLearner, tasks: Task, phase: Phase) -> tuple[Metrics, Params]:
         prepare(learner, tasks, phase)
         evaluate = vmap(lambda *task: learner.evaluate(Task._make(task), phase), randomness="different")
-        return _run(self.name, learner, lambda: evaluate(*tasks))
+        with copied_buffers(learner):
+            return _run(self.name, learner, lambda: evaluate(*tasks))
 
 
 def batched_gradient(
