@@ -67,6 +67,10 @@ class HypergradientArgumentError(HypergradientError, ArgumentError):
     """An argument of a strategy or solver."""
 
 
+class StudyFileError(SearchError):
+    """A study's database cannot be read or written: it is full, locked, damaged or gone."""
+
+
 class SearchArgumentError(SearchError, ArgumentError):
     """An argument of a search: of a space, a searcher or a study."""
 

@@ -27,7 +27,7 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 from sqlalchemy.engine import URL
 from sqlalchemy.exc import SQLAlchemyError
 
-from metahpo.errors import SearchError, one_line
+from metahpo.errors import SearchError, StudyFileError, one_line
 from metahpo.searchers.executors.base import Result
 from metahpo.searchers.records import TrialRecord, plain
 from metahpo.searchers.settings import Choice, Float, Int, Setting
@@ -43,14 +43,14 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 def _in_one_line(method: F) -> F:
-    """The database's errors (damaged, locked, full, gone) as a SearchError."""
+    """The database's errors (damaged, locked, full, gone) as a StudyFileError."""
 
     @wraps(method)
     def wrapped(self: StudyStore, *args: Any, **options: Any) -> Any:
         try:
             return method(self, *args, **options)
         except (SQLAlchemyError, StorageInternalError) as error:
-            raise SearchError(f"{self.storage}: {_said(error.__cause__ or error)}") from error
+            raise StudyFileError(f"{self.storage}: {_said(error.__cause__ or error)}") from error
 
     return wrapped  # type: ignore[return-value]
 

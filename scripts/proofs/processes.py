@@ -115,7 +115,8 @@ def full(kind: Run, folder: Path, size: str) -> Outcome:
         subprocess.run([*mount[:4], "size=100m,remount", *mount[5:]], check=True, capture_output=True)
         return must_end(kind, run_dir)
     finally:
-        subprocess.run(["umount", str(folder)], check=True)
+        # A database that could not be opened may still have its file.
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 
 def wait(process, there: Callable[[], bool]) -> None:

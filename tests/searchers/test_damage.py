@@ -10,6 +10,7 @@ import sqlite3
 from contextlib import closing
 
 import pytest
+from sqlalchemy.exc import OperationalError
 
 from metahpo.errors import CheckpointError, SearchError
 from metahpo.searchers import Float, Random, Space, Study
@@ -204,3 +205,21 @@ def test_an_objective_that_changes_the_directory_keeps_its_files(tmp_path, monke
     assert {path.name for path in tmp_path.iterdir()} == {"elsewhere", "study.db", "study.files"}
     assert not list((tmp_path / "elsewhere").iterdir())
     assert len(figures(tmp_path / "study.db")[-1]) == 3
+
+
+def test_a_database_that_cannot_take_a_report_stops_the_search_and_fails_no_trial(tmp_path, monkeypatch):
+    def full(*values):
+        raise OperationalError("", {}, sqlite3.OperationalError("database or disk is full"))
+
+    def objective(trial):
+        trial.report(1, 0.5)
+        return 0.5
+
+    with Study(SPACE, storage=tmp_path / "study.db") as study:
+        monkeypatch.setattr(study._store._backend, "set_trial_intermediate_value", full)
+        with pytest.raises(SearchError, match=r"stopped at trial 0, which is tried again .*: .*disk is full"):
+            study.optimize(objective, trials=1)
+        monkeypatch.undo()
+        assert [trial.state for trial in study.trials] == ["running"]
+        study.optimize(objective, trials=1)
+        assert [(trial.state, dict(trial.reports)) for trial in study.trials] == [("complete", {1: 0.5})]

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from metahpo.errors import CheckpointError, MetaHPOError, SearchError, one_line
+from metahpo.errors import CheckpointError, MetaHPOError, SearchError, StudyFileError, one_line
 from metahpo.runs.files import write_atomically
 from metahpo.searchers.lock import FileLock
 from metahpo.searchers.outcome import Outcome
@@ -139,7 +139,8 @@ def _refuse_fault(raised: BaseException, job: Job) -> None:
 
     The trial stays at work: when the search is gone on with, it is tried again.
     """
-    if isinstance(raised, CheckpointError) or (isinstance(raised, OSError) and raised.errno in MACHINE):
+    of_machine = isinstance(raised, OSError) and raised.errno in MACHINE
+    if of_machine or isinstance(raised, (CheckpointError, StudyFileError)):
         raise _fault(raised, job, job.folder) from raised
 
 
