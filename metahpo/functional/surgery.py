@@ -44,18 +44,16 @@ def current_names(module: nn.Module, state: Mapping[str, Any]) -> dict[str, Any]
     Where a layer of ``with_layers`` was put into an ``nn.Sequential`` with its follower, as the version before did, the
     names of the layer's own tensors have a "0." more.
     """
-    state = dict(state)
+    renamed: dict[str, str] = {}
     for path, layer in module.named_modules(remove_duplicate=False):
         if (follower := getattr(layer, "follower", None)) is None:
             continue
-        moved = {}
         for name in layer.state_dict():
             start, _, rest = name.partition(".")
             before = f"{path}.1.{rest}" if start == follower else f"{path}.0.{name}"
             if f"{path}.{name}" not in state and before in state:
-                moved[f"{path}.{name}"] = state.pop(before)
-        state |= moved
-    return state
+                renamed[before] = f"{path}.{name}"
+    return {renamed.get(name, name): value for name, value in state.items()}
 
 
 def _follow(layer: Any, new: nn.Module) -> None:

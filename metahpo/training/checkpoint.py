@@ -195,7 +195,23 @@ def load_learner(learner: torch.nn.Module, state: dict[str, torch.Tensor], where
         found, expected = _shape(state, name), _shape(own, name)
         if found != expected:
             raise CheckpointError(f"{where} does not fit the learner: {name!r} is {found}, expected {expected}")
+    _check_order(learner, state, own, where)
     load_whole_state(learner, state)
+
+
+def _check_order(learner: torch.nn.Module, state: State, own: State, where: str | Path) -> None:
+    """Raises where a rule keeps its rows by the order of the net's tensors, and they are registered in another one."""
+    for module in learner.modules():
+        names = getattr(module, "names", None)
+        if not isinstance(names, tuple):
+            continue
+        rows = {f"module.net.{name}" for name in names}
+        before, now = ([name for name in each if name in rows] for each in (state, own))
+        if moved := [old for old, new in zip(before, now) if old != new]:
+            raise CheckpointError(
+                f"{where} does not fit the learner: the net registers {moved[0]!r} in another place than before, and "
+                f"{type(module).__name__} keeps what it learnt by that order; put it back"
+            )
 
 
 def _shape(state: Mapping[str, Any], name: str) -> tuple[int, ...] | str:

@@ -77,15 +77,18 @@ class Ranks:
         parts = [leaf * weight if own else torch.zeros_like(leaf) for leaf in leaves]
         # Of the other buffers those of the last task's rank, as bytes, since not every type has sums.
         last = bool(own) and own[-1] == numbers[-1]
+        used = result.losses.new_tensor([bool(own) and name not in result.unused for name in result.grads])
         states = [b.contiguous().reshape(-1).view(torch.uint8) * last for b in states_of.values()]
-        sums = self._sums([*parts, losses, signals, *states])
-        means, (losses, signals), states = sums[: len(parts)], sums[len(parts) : len(parts) + 2], sums[len(parts) + 2 :]
+        sums = self._sums([*parts, losses, signals, used, *states])
+        means, states = sums[: len(parts)], sums[len(parts) + 3 :]
+        losses, signals, used = sums[len(parts) : len(parts) + 3]
         loss, grads, metrics = tree_unflatten(means, spec)
         if states_of:
             # A copy of each, as its bytes may begin at a place where no number of its type can.
             held = zip(states_of.items(), states)
             metrics["buffers"] |= {n: part.clone().view(b.dtype).view(b.shape) for (n, b), part in held}
-        return MetaGradient(loss, grads, metrics, losses), signals
+        unused = () if bool(used.all()) else tuple(name for name, by in zip(grads, used.tolist()) if not by)
+        return MetaGradient(loss, grads, metrics, losses, unused), signals
 
     @torch.no_grad()
     def _sums(self, tensors: list[Tensor]) -> list[Tensor]:

@@ -31,7 +31,8 @@ class FiniteCheck:
     ) -> str | None:
         """Notes one step (epoch and iteration from 1, its tasks' numbers, the ranks' signals), before its update."""
         # The largest entry of each gradient: infinite or NaN if any entry is, and it cannot overflow as a sum might.
-        largest = torch.stack(torch._foreach_norm(list(result.grads.values()), float("inf"))).max()
+        grads = [g for g in result.grads.values() if g.numel()]
+        largest = torch.stack(torch._foreach_norm(grads, float("inf"))).max()
         self._places.append((epoch, iteration, numbers))
         parts = [result.losses.detach(), largest[None], result.loss.detach()[None]]
         self._values.append(torch.cat(parts if signals is None else [*parts, signals]))

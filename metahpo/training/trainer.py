@@ -28,6 +28,7 @@ from metahpo.training.finite import FiniteCheck
 from metahpo.training.first_batch import check_batch, check_outputs, explained
 from metahpo.training.interrupts import Interrupted, Interrupts
 from metahpo.training.metrics import CsvLog, Row, SumOfMetrics, best_epochs, summarise
+from metahpo.training.outer import Freed, load_optimizer, optimizer_names
 from metahpo.training.precision import precision
 from metahpo.training.prefetch import batches_of
 from metahpo.training.schedules import cosine
@@ -70,7 +71,7 @@ class Trainer:
         self.train_tasks, self.val_tasks = train_tasks, val_tasks
         with intra_op_threads(self.settings.threads):
             self.engine = ENGINES[self.settings.engine]()
-        self.optimizer = self._optimizer()
+        self.optimizer, self._freed = self._optimizer(), Freed(self.learner)
         self._rate = self.settings.lr
         self.epoch, self.iteration = 0, 0
         self.history: list[Row] = []
@@ -254,8 +255,10 @@ class Trainer:
         result, signals = self.ranks.mean(result, numbers, signum)
         self._refuse(self._finite.add(self.epoch + 1, self.iteration + 1, numbers, result, signals))
         params = self.learner.outer_params()
+        self._freed.add_to(self.optimizer, params)
         for name, param in params.items():
-            param.grad = result.grads[name]
+            # As torch does: what no task used stays as it is, whatever the optimizer's decay and momentum.
+            param.grad = None if name in result.unused else result.grads[name]
         if self.settings.clip_value is not None:
             # Of a complex entry, as of two: torch does not clamp complex numbers.
             for grad in (p.grad for p in params.values() if p.grad is not None):
@@ -312,6 +315,7 @@ class Trainer:
             "iteration": self.iteration,
             "learner": whole_state(self.learner),
             "optimizer": self.optimizer.state_dict(),
+            "optimizer_names": optimizer_names(self.optimizer, self.learner),
             "rate": self._rate,
             "history": self.history,
             "partial": self._partial.state(),
@@ -328,7 +332,7 @@ class Trainer:
 
     def _load(self, state: State, path: Path) -> None:
         load_learner(self.learner, state["learner"], path)
-        self.optimizer.load_state_dict(state["optimizer"])
+        load_optimizer(self.optimizer, self.learner, state, path)
         # The version before let no group have another.
         self._rate = state.get("rate", self.optimizer.param_groups[0]["lr"])
         self.epoch, self.iteration, self.history = state["epoch"], state["iteration"], state["history"]

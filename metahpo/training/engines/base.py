@@ -23,13 +23,14 @@ class MetaGradient(NamedTuple):
 
     loss: the mean over tasks, scalar; grads: its gradient by the names of ``learner.outer_params()``, zeros where
     unused; metrics: means over tasks, and under "buffers" the new value of each buffer (``merged_buffers``); losses:
-    [T], each task's own.
+    [T], each task's own; unused: the parameters that no task used.
     """
 
     loss: Tensor
     grads: Params
     metrics: Metrics
     losses: Tensor
+    unused: tuple[str, ...] = ()
 
 
 class Engine(Protocol):
@@ -50,6 +51,13 @@ def prepare(learner: MetaLearner, tasks: Task, phase: Phase) -> None:
     """Sets the learner's mode, and lets it look at an example; every engine does so first."""
     learner.train(phase.training)
     learner.look_at(tasks.support_x[0])
+
+
+def gradients(loss: Tensor, params: Params) -> tuple[list[Tensor], set[str]]:
+    """The gradient of ``loss`` in each parameter, zeros where unused, and the names of those that are used."""
+    found = torch.autograd.grad(loss, list(params.values()), allow_unused=True)
+    used = {name for name, g in zip(params, found) if g is not None}
+    return [torch.zeros_like(p) if g is None else g for p, g in zip(params.values(), found)], used
 
 
 def mean_metrics(rows: Sequence[Metrics]) -> Metrics:

@@ -65,7 +65,7 @@ class Trace:
             self._records[kind] = None
             if reason:
                 warnings.warn(f"engine {self.name}: {reason}; running as vmap", stacklevel=3)
-        return result
+        return self._vmap.unused.told(result, learner, tasks, phase)
 
     @property
     def records(self) -> bool:

@@ -14,7 +14,7 @@ from metahpo.functional.trees import Params, stack_trees
 from metahpo.learners.base import MetaLearner, Metrics
 from metahpo.learners.phase import Phase
 from metahpo.tasks.task import Task
-from metahpo.training.engines.base import MetaGradient, mean_metrics, prepare, stack_metrics
+from metahpo.training.engines.base import MetaGradient, gradients, mean_metrics, prepare, stack_metrics
 
 
 class Loop:
@@ -30,19 +30,21 @@ class Loop:
         params = learner.outer_params()
         count = tasks.query_x.shape[0]
         total: list[Tensor] | tuple[Tensor, ...] | None = None
-        losses, rows = [], []
+        losses, rows, used = [], [], set[str]()
         for index in range(count):
             with second_derivatives(lambda: learner.meta_loss(tasks.select(0), phase)):
                 loss, metrics = learner.meta_loss(tasks.select(index), phase)
                 if self._checked() is not learner:
                     check_graph(loss, lambda: learner.meta_loss(tasks.select(0), phase))
                     self._checked = weakref.ref(learner)
-                grads = torch.autograd.grad(loss / count, list(params.values()), materialize_grads=True)
-            total = list(grads) if total is None else torch._foreach_add(total, grads)
+                grads, here = gradients(loss / count, params)
+            used |= here
+            total = grads if total is None else torch._foreach_add(total, grads)
             losses.append(loss.detach())
             rows.append(metrics)
         stacked = torch.stack(losses)
-        return MetaGradient(stacked.mean(), dict(zip(params, total or ())), mean_metrics(rows), stacked)
+        unused = tuple(name for name in params if name not in used)
+        return MetaGradient(stacked.mean(), dict(zip(params, total or ())), mean_metrics(rows), stacked, unused)
 
     @torch.no_grad()
     def evaluate(self, learner: MetaLearner, tasks: Task, phase: Phase) -> tuple[Metrics, Params]:

@@ -24,7 +24,7 @@ from metahpo.learners.base import MetaLearner, Metrics
 from metahpo.learners.phase import Phase
 from metahpo.native import conv_taps
 from metahpo.tasks.task import Task
-from metahpo.training.engines.base import MetaGradient, mean_metrics, prepare, stack_metrics
+from metahpo.training.engines.base import MetaGradient, gradients, mean_metrics, prepare, stack_metrics
 from metahpo.training.engines.python_state import Watch, shown
 from metahpo.training.engines.refusal import refusal
 
@@ -58,21 +58,22 @@ class Threads:
         def again() -> Tensor:
             return learner.meta_loss(tasks.select(0), phase)[0]
 
-        def one(twin: MetaLearner, index: int) -> tuple[Tensor, tuple[Tensor, ...], Metrics]:
+        def one(twin: MetaLearner, index: int) -> tuple[Tensor, list[Tensor], set[str], Metrics]:
             loss, metrics = twin.meta_loss(tasks.select(index), phase)
             if first and index == 0:
                 check_graph(loss, again)
-            params = list(twin.outer_params().values())
-            return loss.detach(), torch.autograd.grad(loss, params, materialize_grads=True), metrics
+            return loss.detach(), *gradients(loss, twin.outer_params()), metrics
 
         with second_derivatives(again):
-            losses, grads, rows = zip(*self._each(learner, one, count))
+            losses, grads, used, rows = zip(*self._each(learner, one, count))
         total = grads[0]
         for more in grads[1:]:
             total = torch._foreach_add(total, more)
         means = [(t / count).contiguous() for t in total]
         stacked = torch.stack(losses)
-        return MetaGradient(stacked.mean(), dict(zip(learner.outer_params(), means)), mean_metrics(rows), stacked)
+        found = dict(zip(learner.outer_params(), means))
+        unused = tuple(name for name in found if not any(name in names for names in used))
+        return MetaGradient(stacked.mean(), found, mean_metrics(rows), stacked, unused)
 
     def evaluate(self, learner: MetaLearner, tasks: Task, phase: Phase) -> tuple[Metrics, Params]:
         def one(learner: MetaLearner, index: int) -> tuple[Metrics, Params]:

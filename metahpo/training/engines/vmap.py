@@ -20,6 +20,7 @@ from metahpo.tasks.task import Task
 from metahpo.training.engines.base import MetaGradient, mean, merged_metrics, prepare
 from metahpo.training.engines.loop import Loop
 from metahpo.training.engines.refusal import refusal
+from metahpo.training.engines.unused import Unused
 
 
 class VMap:
@@ -27,17 +28,21 @@ class VMap:
 
     name = "vmap"
 
+    def __init__(self) -> None:
+        self.unused = Unused()
+
     def meta_gradient(self, learner: MetaLearner, tasks: Task, phase: Phase) -> MetaGradient:
         prepare(learner, tasks, phase)
         # Detached: nothing outside of vmap is to be recorded for a second gradient.
         outer = map_tree(torch.detach, learner.outer_params())
         try:
-            return _run(self.name, learner, lambda: batched_gradient(learner, outer, {}, tasks, phase))
+            result = _run(self.name, learner, lambda: batched_gradient(learner, outer, {}, tasks, phase))
         except NetError:
             # What no engine can do is told by the first task alone: a layer without a second derivative.
             with suppress(RuntimeError):
                 Loop().meta_gradient(learner, Task(*(part[:1] for part in tasks)), phase)
             raise
+        return self.unused.told(result, learner, tasks, phase)
 
     @torch.no_grad()
     def evaluate(self, learner: MetaLearner, tasks: Task, phase: Phase) -> tuple[Metrics, Params]:
