@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from metahpo.errors import MetaHPOError
+from metahpo.functional import FunctionalModule
 from metahpo.functional.buffers import whole_state
 from metahpo.learners.phase import Phase
 from metahpo.tasks.task import Task
@@ -75,6 +77,7 @@ def engines_agree(subject: LearnerSubject) -> None:
         found |= {f"metric {n}": value for n, value in trained.metrics.items() if n != "buffers"}
         found |= {f"buffer {n}": value for n, value in trained.metrics.get("buffers", {}).items()}
         found |= {f"{n} in evaluation": value for n, value in metrics.items()}
+        found["unused"] = torch.tensor([n in trained.unused for n in trained.grads])
         results[name] = found | {f"outputs {n!r}": value for n, value in outputs.items()}
     norm = max(float(g.abs().max()) for n, g in results["loop"].items() if n.startswith("gradient"))
     for name, found in results.items():
@@ -115,6 +118,33 @@ def gradient_is_right(subject: LearnerSubject) -> None:
             f"the gradient of {name} along a direction is {found:.8g}, the loss's slope {slope:.8g}; is something "
             "detached? (exact=False for a learner whose gradient is not its loss's, as first-order ones)"
         )
+
+
+def order_does_not_matter(subject: LearnerSubject) -> None:
+    """The order in which a net registers its layers, be the head the first, changes nothing, or is refused.
+
+    What a learner keeps beside the net, such as rates, may be in that order.
+    """
+    results, first = [], Task(*(part[:1] for part in subject.batch))
+    for backwards in (False, True):
+        try:
+            learner = subject.fresh(parts=True, backwards=backwards)
+            with seeded(0):
+                result = ENGINES["loop"]().meta_gradient(learner, first, learner.training_phase(0))
+        except MetaHPOError:
+            if backwards:
+                return
+            raise
+        nets = tuple(f"{name}.net." for name, m in learner.named_modules() if isinstance(m, FunctionalModule))
+        grads = {f"the gradient of {n}": g for n, g in result.grads.items() if n.startswith(nets)}
+        results.append({"the loss": result.loss, **grads})
+    wanted, found = results
+    norm = max(float(g.abs().max()) for g in wanted.values() if g.numel())
+    advice = "where the net registers its layers in the opposite order; find them by how they are called, or by name"
+    for name in wanted.keys() | found.keys():
+        assert name in wanted and name in found, f"{name} is there in one order alone, {advice}"
+        gap = float((found[name] - wanted[name]).abs().sum())
+        assert gap < AGREE * norm, f"{name} changes by {gap:.1e} {advice}"
 
 
 def keeps_nothing(subject: LearnerSubject) -> None:
@@ -205,14 +235,21 @@ def saves_and_loads(subject: LearnerSubject) -> None:
 
 
 def resumes(subject: LearnerSubject) -> None:
-    """A run that was stopped after its first epoch goes on to the same weights bit for bit."""
+    """A run that was stopped after its first epoch goes on to the same weights bit for bit, also where the net
+    registers its layers in another order by then, unless that is refused."""
     source = subject.source
-    whole = Trainer(subject.fresh(), source, source, SETTINGS)
+    whole = Trainer(subject.fresh(parts=True), source, source, SETTINGS)
     whole.fit()
     with tempfile.TemporaryDirectory() as folder:
-        Trainer(subject.fresh(), source, source, SETTINGS, folder).fit(until_epoch=1)
-        rest = Trainer.resume(folder, subject.fresh(), source, source)
-        rest.fit()
+        Trainer(subject.fresh(parts=True), source, source, SETTINGS, folder).fit(until_epoch=1)
+        for backwards in (True, False):
+            try:
+                rest = Trainer.resume(folder, subject.fresh(parts=True, backwards=backwards), source, source)
+                rest.fit()
+                break
+            except MetaHPOError:
+                if not backwards:
+                    raise
     for name, value in whole_state(whole.learner).items():
         gap = distance(whole_state(rest.learner)[name], value)
         assert gap == 0, f"{name} of a run that was resumed differs by {gap:.1e} from that of one that was not"
@@ -222,6 +259,7 @@ LEARNER_CHECKS = (
     gives_a_loss,
     engines_agree,
     gradient_is_right,
+    order_does_not_matter,
     keeps_nothing,
     predicts_each_query_alone,
     repeats,

@@ -58,6 +58,25 @@ def kinked_net() -> nn.Module:
     return nn.Sequential(block, again, nn.Flatten(), nn.Linear(16, WAYS))
 
 
+class Parts(nn.Module):
+    """A sequence as a body and a head."""
+
+    def __init__(self, layers: nn.Sequential):
+        super().__init__()
+        self.body, self.head = layers[:-1], layers[-1]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.body(x))
+
+
+def reverse(net: nn.Module) -> None:
+    """Registers the children of every module in the opposite order, but of containers, which are run in it."""
+    for module in net.modules():
+        if not isinstance(module, (nn.Sequential, nn.ModuleList, nn.ModuleDict)):
+            for name in reversed(list(module._modules)):
+                module._modules[name] = module._modules.pop(name)
+
+
 @dataclass(frozen=True)
 class LearnerSubject:
     """A way to make the learner, and what it is to be held to: see ``check_learner``."""
@@ -69,10 +88,17 @@ class LearnerSubject:
     engines: Sequence[str] = ("loop", "threads", "vmap", "trace")
     exact: bool = True
 
-    def fresh(self, *, smooth: bool = False) -> MetaLearner:
-        """A new one, in float64, always with the same initial values."""
+    def fresh(self, *, smooth: bool = False, parts: bool = False, backwards: bool = False) -> MetaLearner:
+        """A new one, in float64, always with the same initial values.
+
+        parts: of a net that calls its layers by name; backwards: one that registers them in the opposite order.
+        """
         with seeded(0):
             net = self.net() if self.net else smooth_net() if smooth else kinked_net()
+            if parts and isinstance(net, nn.Sequential):
+                net = Parts(net)
+            if backwards:
+                reverse(net)
             learner = self.make(net, **self.options)
             assert isinstance(learner, MetaLearner), f"expected a MetaLearner, {self.make!r} gave {learner!r}"
             return learner.double()

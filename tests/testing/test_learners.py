@@ -36,6 +36,7 @@ from metahpo.testing.learner_checks import (
     gradient_is_right,
     holds_tensors_where_they_move,
     keeps_nothing,
+    order_does_not_matter,
     predicts_each_query_alone,
     repeats,
     resumes,
@@ -241,11 +242,31 @@ class Hides(Good):
         return super().predict(adapted, x) * (1 + self.calls["count"])
 
 
+class LastIsHead(Good):
+    """Learns all but what the net registers last."""
+
+    def outer_params(self):
+        params = super().outer_params()
+        return {name: params[name] for name in list(params)[:-1]}
+
+
+class ByPlace(Good):
+    """Weighs what it learns by its place among the net's tensors."""
+
+    def meta_loss(self, task, phase):
+        loss, metrics = super().meta_loss(task, phase)
+        params = self.module.params().values()
+        return loss + sum(place * p.square().sum() for place, p in enumerate(params)), metrics
+
+
 FAULTS = [
     (VectorLoss, gives_a_loss, r"meta_loss gives \[1\], expected a scalar"),
     (Unused, gives_a_loss, "no gradient reaches extra"),
     (Branches, engines_agree, "engine vmap cannot run"),
     (Detached, gradient_is_right, "is something detached"),
+    (LastIsHead, order_does_not_matter, "is there in one order alone, where the net registers"),
+    (ByPlace, order_does_not_matter, "changes by .* where the net registers its layers in the opposite order"),
+    (ByPlace, resumes, "of a run that was resumed differs"),
     (Remembers, keeps_nothing, "sets self.last"),
     (WritesInPlace, keeps_nothing, "tensors are changed in place"),
     (CountsInPlace, keeps_nothing, "count is changed in place"),
