@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import math
+from collections import Counter
 from collections.abc import Callable
 
 import torch
@@ -94,7 +96,8 @@ def reinitialised(net: nn.Module, *seed: int) -> nn.Module:
     """A copy of the net whose trainable parameters are drawn from the numbers ``seed``, and from them alone.
 
     Every submodule that has it calls ``reset_parameters``, inner ones first, so that a net with an initialisation of
-    its own has the last word. Frozen parameters (no ``requires_grad``) stay as they are.
+    its own has the last word. Of the draws of weights that several layers share that one is taken which is like the
+    weights there are. Frozen parameters (no ``requires_grad``) stay as they are.
 
     Raises:
         NetError: For a trainable parameter that no ``reset_parameters`` draws, and for one that it draws with another
@@ -104,7 +107,7 @@ def reinitialised(net: nn.Module, *seed: int) -> nn.Module:
 
 
 def _redrawn(net: nn.Module, seed: tuple[int, ...], fixed: str) -> nn.Module:
-    net = copied(net)
+    present, net = net, copied(net)
     _refuse_lazy(net)
     device = next((p.device for p in net.parameters()), None)
     with torch.no_grad(), seeded(*seed, device=device):
@@ -112,11 +115,15 @@ def _redrawn(net: nn.Module, seed: tuple[int, ...], fixed: str) -> nn.Module:
         for p in net.parameters():
             if p.requires_grad:
                 p.fill_(math.nan)  # What is still NaN afterwards was not drawn.
+        shared = _Shared(net, present)
         for module in reversed(list(net.modules())):
             # torch names it with an underscore in attention and in transformers.
             reset = getattr(module, "reset_parameters", None) or getattr(module, "_reset_parameters", None)
-            if callable(reset):
+            # One that needs arguments is called by a module around it.
+            if callable(reset) and not _needs_arguments(reset):
                 reset()
+                shared.note()
+        shared.settle()
         for p, before in frozen:
             p.copy_(before)
     for name, p in net.named_parameters():
@@ -125,9 +132,43 @@ def _redrawn(net: nn.Module, seed: tuple[int, ...], fixed: str) -> nn.Module:
             kind = type(net.get_submodule(owner)).__name__
             raise NetError(
                 f"{type(net).__name__}.{name}: cannot be drawn anew, as no reset_parameters() of {kind} "
-                f"{owner or 'itself'} or around it sets it; {_advice(fixed)}, or give the module that method"
+                f"{owner or 'itself'} or around it sets it without arguments; {_advice(fixed)}, or give the module "
+                "that method"
             )
     return net
+
+
+class _Shared:
+    """The draws of weights that several layers share (tied weights), which each of these draws in its own way.
+
+    Whose draw is the constructor's shows in the weights that there are.
+    """
+
+    def __init__(self, net: nn.Module, present: nn.Module):
+        owners = Counter(id(p) for m in net.modules() for p in {id(p): p for p in m.parameters(recurse=False)}.values())
+        pairs = zip(net.parameters(), present.parameters())
+        self.tensors = [(p, old, [p.clone()]) for p, old in pairs if owners[id(p)] > 1 and p.requires_grad]
+
+    def note(self) -> None:
+        """Keeps the draws that a layer has just made."""
+        for p, _, draws in self.tensors:
+            if not torch.equal(p, draws[-1]) and bool(torch.isfinite(p).all()):
+                draws.append(p.clone())
+
+    def settle(self) -> None:
+        """Takes of each the last draw that is like the weights there are, if any is."""
+        for p, present, draws in self.tensors:
+            fitting = [draw for draw in draws[1:] if not _difference(present, draw)]
+            if fitting:
+                p.copy_(fitting[-1])
+
+
+def _needs_arguments(function: Callable[..., object]) -> bool:
+    try:
+        inspect.signature(function).bind()
+    except (TypeError, ValueError):
+        return True
+    return False
 
 
 def _advice(fixed: str) -> str:
