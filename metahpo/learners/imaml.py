@@ -21,7 +21,7 @@ from metahpo.inner.linear_solve import correction
 from metahpo.inner.randomness import same_draws
 from metahpo.inner.rules.curvature import flat, hessian_product, split
 from metahpo.learners.base import Adapted, Loss
-from metahpo.learners.maml import MAML
+from metahpo.learners.maml import INNER_LR, MAML
 from metahpo.learners.phase import Phase
 
 # (weights w, what the outer loop learns) -> inner loss.
@@ -47,7 +47,7 @@ class IMAML(MAML):
         net: nn.Module,
         *,
         steps: int = 16,
-        inner_lr: float = 0.1,
+        inner_lr: float = INNER_LR,
         strength: float = 2.0,
         cg_steps: int = 5,
         loss: Loss = F.cross_entropy,

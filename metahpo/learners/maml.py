@@ -27,17 +27,20 @@ from metahpo.learners.base import Adapted, Loss, MetaLearner, Metrics
 from metahpo.learners.phase import Improvements, Phase
 from metahpo.tasks.task import Task
 
+# The default, known from a rate of the same value that was given by being this very object.
+INNER_LR = float("0.1")
+
 
 class MAML(MetaLearner):
     """Learns initial weights from which a few gradient steps fit a new task (Finn et al. 2017, algorithm 2).
 
     net: any module, [N, ...] in, [N, outputs] out; it is copied. steps: inner updates, in training and evaluation.
-    inner_lr: their (initial) rate. learn_lr: whether the outer loop learns that one rate. loss: inner and outer loss.
-    first_order: FOMAML, inner gradients are constants. improvements: those of MAML++, all off by default. adapt_norms:
-    whether batch-norm scales and shifts are adapted with the rest; by default the outer loop alone learns them, as in
-    MAML++. rule: an update rule of your own in place of gradient descent at inner_lr. gradient, remat: how the outer
-    gradient passes through the inner loop, at what memory (``Reverse``, ``Mixed``; ``NoRemat``, ``Every``, ``Sqrt``):
-    the numbers are the same; first order needs neither.
+    inner_lr: their (initial) rate, 0.1 by default. learn_lr: whether the outer loop learns that one rate. loss: inner
+    and outer loss. first_order: FOMAML, inner gradients are constants. improvements: those of MAML++, all off by
+    default. adapt_norms: whether batch-norm scales and shifts are adapted with the rest; by default the outer loop
+    alone learns them, as in MAML++. rule: an update rule of your own in place of gradient descent at inner_lr.
+    gradient, remat: how the outer gradient passes through the inner loop, at what memory (``Reverse``, ``Mixed``;
+    ``NoRemat``, ``Every``, ``Sqrt``): the numbers are the same; first order needs neither.
 
     A subclass that adapts other parameters (ANIL, BOIL) overrides ``adapted_names``, one that updates them in another
     way (Meta-SGD) ``default_rule``; every improvement still applies.
@@ -48,7 +51,7 @@ class MAML(MetaLearner):
         net: nn.Module,
         *,
         steps: int = 5,
-        inner_lr: float = 0.1,
+        inner_lr: float = INNER_LR,
         loss: Loss = F.cross_entropy,
         learn_lr: bool = False,
         first_order: bool = False,
@@ -61,6 +64,7 @@ class MAML(MetaLearner):
         super().__init__(loss)
         check_type(self, "net", net, nn.Module, "a module", error=NetArgumentError)
         steps = check_whole(self, "steps", steps, at_least=1, error=NetArgumentError)
+        rate_given = inner_lr is not INNER_LR
         inner_lr = check_number(self, "inner_lr", inner_lr, at_least=0, error=NetArgumentError)
         learn_lr = check_flag(self, "learn_lr", learn_lr, error=NetArgumentError)
         first_order = check_flag(self, "first_order", first_order, error=NetArgumentError)
@@ -70,6 +74,7 @@ class MAML(MetaLearner):
         check_callable(self, "gradient", gradient, "an inner gradient such as Reverse()", error=NetArgumentError)
         if isinstance(remat, type) or not callable(getattr(remat, "segments", None)):
             refuse(self, "remat", remat, "NoRemat(), Every(steps) or Sqrt()", NetArgumentError)
+        self._refuse_idle(rule, improvements, inner_lr=rate_given, learn_lr=learn_lr, first_order=first_order)
         self.steps, self.first_order, self.gradient, self.remat = steps, first_order, gradient, remat
         self.improvements, self.adapt_norms = improvements, adapt_norms
         self.module = FunctionalModule(
@@ -83,8 +88,6 @@ class MAML(MetaLearner):
                 f"{type(net).__name__} has no parameter to adapt by {type(self).__name__}: all are frozen, batch-norm "
                 "scales and shifts, or of layers that it leaves alone"
             )
-        if rule is not None and improvements.layer_step_rates:
-            raise NetError("layer_step_rates is itself an update rule; give either it or rule")
         if rule is None:
             rule = self.default_rule(inner_lr, learn_lr)
             if any(p.dtype == torch.float64 for p in self.module.params().values()):
@@ -94,6 +97,27 @@ class MAML(MetaLearner):
                     for p in rule.parameters():
                         p.copy_(torch.where(p == rounded, inner_lr, p))
         self.rule = rule
+
+    def _refuse_idle(self, rule: UpdateRule | None, improvements: Improvements, **given: bool) -> None:
+        """Raises NetArgumentError for an argument that would have no effect beside another one."""
+        own = type(self).default_rule is not MAML.default_rule
+        idle = {
+            "rule: the learner has a rule of its own; leave it out, or take MAML": rule is not None and own,
+            "inner_lr: rule has rates of its own; leave it out": rule is not None and given["inner_lr"],
+            "learn_lr: rule has rates of its own; leave it out": rule is not None and given["learn_lr"],
+            "rule: layer_step_rates is itself an update rule; give either": (
+                rule is not None and improvements.layer_step_rates
+            ),
+            "learn_lr: layer_step_rates learns a rate for each step; give either": (
+                improvements.layer_step_rates and given["learn_lr"] and not own
+            ),
+            "first_order: it holds for all epochs, first_order_epochs for some; give either": (
+                given["first_order"] and improvements.first_order_epochs
+            ),
+        }
+        for line, found in idle.items():
+            if found:
+                raise NetArgumentError(f"{type(self).__name__}: {line}")
 
     def adapted_names(self) -> list[str]:
         """The parameters of the net that the inner loop adapts."""

@@ -7,7 +7,7 @@ from torch import nn
 
 from metahpo.inner import InnerGradient, NoRemat, Remat, Reverse
 from metahpo.learners.base import Loss
-from metahpo.learners.maml import MAML
+from metahpo.learners.maml import INNER_LR, MAML
 from metahpo.learners.phase import Improvements
 
 
@@ -25,7 +25,7 @@ class MAMLPlusPlus(MAML):
         net: nn.Module,
         *,
         steps: int = 5,
-        inner_lr: float = 0.1,
+        inner_lr: float = INNER_LR,
         loss: Loss = F.cross_entropy,
         multi_step_epochs: int = 10,
         first_order_epochs: int = 0,

@@ -11,7 +11,7 @@ from metahpo.errors import NetArgumentError, NetError
 from metahpo.functional import Params
 from metahpo.inner import FirstOrder, Reverse, UpdateRule, unroll
 from metahpo.learners.base import Adapted, Metrics
-from metahpo.learners.maml import MAML
+from metahpo.learners.maml import INNER_LR, MAML
 from metahpo.learners.phase import Improvements, Phase
 from metahpo.rl import Environment, GaussianPolicy, Rollout, advantages, log_prob, roll_out
 from metahpo.tasks.task import Task
@@ -38,7 +38,7 @@ class PolicyMAML(MAML):
         environment: Environment,
         *,
         steps: int = 1,
-        inner_lr: float = 0.1,
+        inner_lr: float = INNER_LR,
         learn_lr: bool = False,
         layer_step_rates: bool = False,
         first_order: bool = False,

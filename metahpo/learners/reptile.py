@@ -13,8 +13,9 @@ from metahpo.errors import NetArgumentError, NetError
 from metahpo.functional import Params
 from metahpo.inner import FirstOrder, UpdateRule, unroll
 from metahpo.learners.base import Adapted, Loss, Metrics
-from metahpo.learners.maml import MAML
+from metahpo.learners.maml import INNER_LR, MAML
 from metahpo.learners.phase import Phase
+from metahpo.tasks.minibatches import minibatches
 from metahpo.tasks.task import Task
 
 
@@ -23,9 +24,10 @@ class Reptile(MAML):
     (Nichol et al. 2018, algorithm 2 and section 3), with no derivative through the training.
 
     net, inner_lr, loss, rule: as in ``MAML``. steps: of the training in the outer loop, on the support and the query
-    set together. minibatches: into how many parts those are divided, by turns, one a step: Reptile learns from the
-    difference between one step's data and the next one's, and with one part it is joint training. eval_steps: of
-    adapting to the support set in evaluation. All parameters are adapted, batch-norm scales too.
+    set together. minibatches: into how many parts those are divided, one a step in turn, each with its share of every
+    class: Reptile learns from the difference between one step's data and the next one's, and with one part it is joint
+    training. eval_steps: of adapting to the support set in evaluation. All parameters are adapted, batch-norm scales
+    too.
 
     Of the improvements of MAML++ none but the outer rate's annealing makes sense here: they weight, anneal or learn by
     derivatives through the steps. The loss that is reported is the query set's after the training, which has seen it.
@@ -36,7 +38,7 @@ class Reptile(MAML):
         net: nn.Module,
         *,
         steps: int = 5,
-        inner_lr: float = 0.1,
+        inner_lr: float = INNER_LR,
         minibatches: int = 2,
         eval_steps: int = 20,
         loss: Loss = F.cross_entropy,
@@ -52,7 +54,7 @@ class Reptile(MAML):
         if len(support_y) < parts:
             raise NetError(f"Reptile: {parts} minibatches of {len(support_y)} examples; take fewer, or more shots")
         start = self.initial(phase)
-        batches = [(support_x[part::parts], support_y[part::parts]) for part in range(parts)]
+        batches = minibatches(support_x, support_y, parts)
 
         def inner_loss(params: Params, buffers: Params, batch: tuple[Tensor, Tensor], step: int):
             outputs, buffers = self.module.apply_with(params, buffers, batch[0], training=phase.training)

@@ -24,7 +24,7 @@ from metahpo.learners import (
     Reptile,
     WarpMAML,
 )
-from metahpo.tasks import Task
+from metahpo.tasks import Task, minibatches
 from metahpo.testing.learner_subject import Patterns, kinked_net
 from metahpo.training.engines import Loop
 
@@ -122,6 +122,12 @@ def test_reptiles_gradient_is_the_way_to_the_trained_weights(net, tasks):
         expected = (p - dict(trained.named_parameters())[name]).detach()
         torch.testing.assert_close(result.grads[f"module.net.{name}"].view_as(p), expected, rtol=1e-6, atol=1e-7)
     torch.testing.assert_close(result.loss, F.cross_entropy(trained(task.query_x), task.query_y).detach())
+    # One example of each class in a set, then those of the other set: every second one would be of two classes.
+    y = torch.tensor([0, 1, 2, 3, 2, 0, 3, 1])
+    batches = minibatches(10 * y + torch.arange(8), y, 2)
+    assert [labels.tolist() for _, labels in batches] == [[0, 1, 2, 3]] * 2
+    assert [inputs.tolist() for inputs, _ in batches] == [[0, 11, 22, 33], [5, 17, 24, 36]]
+    assert [len(labels) for _, labels in minibatches(y, y.double(), 3)] == [3, 3, 2]
     with pytest.raises(NetError, match="13 minibatches of 12 examples"):
         Reptile(net, minibatches=13).double().meta_loss(task, TRAINING)
 
