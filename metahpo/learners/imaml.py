@@ -86,7 +86,9 @@ class IMAML(MAML):
         )
         params = map_tree(torch.detach, end.params)
         if torch.is_grad_enabled():
-            change = self._implicit(lambda w, learnt: inner_loss(w, start.buffers, learnt, 0)[0], params, learnt)
+            # With the buffers that the descent left, as the minimum is one of the loss with these.
+            buffers = map_tree(torch.detach, end.carry)
+            change = self._implicit(lambda w, learnt: inner_loss(w, buffers, learnt, 0)[0], params, learnt)
             params = {name: p + change[name] for name, p in params.items()}
         return Adapted(params, phase, end.carry, (params,))
 
