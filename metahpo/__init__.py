@@ -1,3 +1,3 @@
 """Meta-learning and hyperparameter optimisation over one inner loop, for PyTorch."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

@@ -8,6 +8,7 @@ import re
 import site
 import sys
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +85,9 @@ def check_fingerprint(run_dir: Path, now: Mapping[str, Any]) -> None:
         kept = {}
     if kept is None:
         print(f"{shown(path)} is not there: whether config or code has changed since cannot be told", file=sys.stderr)
+        with suppress(DataError):  # Which is said where the file is shown.
+            before = read_json(run_dir / "versions.json") or {}
+            _say_versions({name: before[name] for name in now["versions"] if name in before}, now["versions"])
         return
     kept.setdefault("data", {})  # Older versions wrote none.
     if not all(isinstance(kept.get(key), dict) for key in ("config", "code", "versions", "data")):
@@ -101,10 +105,14 @@ def check_fingerprint(run_dir: Path, now: Mapping[str, Any]) -> None:
     for name, before in kept["code"].items():
         if now["code"].get(name, before) != before:
             print(f"{name}: the module has changed since the run began: figures may differ", file=sys.stderr)
-    for name, before in kept["versions"].items():
-        if now["versions"].get(name) != before:
-            found = now["versions"].get(name)
-            print(f"begun with {name} {before}, now {found}: figures may differ by rounding", file=sys.stderr)
+    _say_versions(kept["versions"], now["versions"])
+
+
+def _say_versions(kept: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    for name, before in kept.items():
+        if now.get(name) != before:
+            much = "" if name == "metahpo" else " by rounding"
+            print(f"begun with {name} {before}, now {now.get(name)}: figures may differ{much}", file=sys.stderr)
 
 
 def _check_data(kept: Mapping[str, Any], now: Mapping[str, Any], path: Path) -> None:
