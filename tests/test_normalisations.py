@@ -37,7 +37,7 @@ class OwnForward(nn.BatchNorm2d):
 
 
 class Centred(nn.Module):
-    """A normaliser of one's own, which writes into its running mean."""
+    """A normaliser of one's own, which writes into its running mean before it subtracts that."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -46,7 +46,8 @@ class Centred(nn.Module):
 
     def forward(self, x):
         if self.training:
-            self.mean.mul_(0.75).add_(0.25 * x.detach().mean((0, 2, 3)))
+            with torch.no_grad():
+                self.mean.mul_(0.75).add_(0.25 * x.mean((0, 2, 3)))
         return (x - self.mean.clone()[:, None, None]) * self.weight[:, None, None]
 
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from metahpo.functional.levels import of_each_task
+from metahpo.functional.levels import of_each_task, under_torch_func
 from metahpo.functional.weighted_losses import weighted
 
 
@@ -68,6 +68,11 @@ def _hardsigmoid(x: Tensor, inplace: bool = False) -> Tensor:
 def _normalize(input: Tensor, p: float = 2.0, dim: int = 1, eps: float = 1e-12, *, out: Tensor) -> Tensor:
     # Into ``out`` torch's has neither a forward mode nor a rule for vmap. A result there has no derivative.
     return out.copy_(F.normalize(input, p, dim, eps).detach())
+
+
+def _data(tensor: Tensor) -> Tensor:
+    # Under torch.func ``tensor.data`` is a constant to one derivative and none to the next.
+    return tensor.detach() if under_torch_func() else tensor.data
 
 
 def _embedding(
@@ -130,6 +135,7 @@ _FORMULAS: dict[Any, Callable[..., Tensor]] = {
     _functions.hardsigmoid: _hardsigmoid,
     _functions.hardsigmoid_: lambda x: _hardsigmoid(x, True),
     F.normalize: _normalize,
+    Tensor.data.__get__: _data,  # type: ignore[attr-defined]
     F.embedding: _embedding,
     F.embedding_bag: _embedding_bag,
 }

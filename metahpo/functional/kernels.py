@@ -11,6 +11,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.overrides import TorchFunctionMode
 
 _cuda = torch.backends.cuda
 _ATTENTION_KERNELS = (
@@ -60,6 +61,26 @@ def forward_mode() -> Iterator[None]:
             yield
         finally:
             _here.forward_mode = before
+
+
+@contextlib.contextmanager
+def constants_without_tangents() -> Iterator[None]:
+    """Inside it what is computed under ``torch.no_grad`` is a constant to forward mode too.
+
+    Running statistics that a net updates so before it normalises with them would otherwise be constants to the first
+    derivative and none to the second.
+    """
+    # Gradients on, so that the code inside alone can turn them off.
+    with torch.enable_grad(), _Constants():
+        yield
+
+
+class _Constants(TorchFunctionMode):
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if func is torch._C._set_grad_enabled:
+            torch._C._set_fwd_grad_enabled(args[0])
+        return result
 
 
 @functools.cache

@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 from metahpo.checks import check_choice
 from metahpo.errors import NetArgumentError, NetError, one_line
-from metahpo.functional.kernels import forward_mode
+from metahpo.functional.kernels import constants_without_tangents, forward_mode
 from metahpo.functional.levels import under_torch_func
 from metahpo.functional.trees import Params
 from metahpo.inner.explicit import explicit_at_first
@@ -78,7 +78,8 @@ class Mixed:
 
             def outputs(*chosen: Tensor) -> tuple[Tensor, ...]:
                 given, carry, batch = rebuild(replaced(tensors, [*range(count), *others], chosen))
-                value, new = loss(dict(zip(names, given)), carry, batch, step)
+                with constants_without_tangents():
+                    value, new = loss(dict(zip(names, given)), carry, batch, step)
                 leaves = tree_leaves(new)
                 return value, *(leaves[i] for i in carried)
 

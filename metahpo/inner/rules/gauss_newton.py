@@ -11,7 +11,7 @@ from torch.func import grad, jvp
 
 from metahpo.checks import check_callable
 from metahpo.errors import NetArgumentError
-from metahpo.functional.kernels import forward_mode
+from metahpo.functional.kernels import constants_without_tangents, forward_mode
 from metahpo.functional.trees import Params
 from metahpo.inner.gradient import StepLoss
 from metahpo.inner.linear_solve import ConjugateGradients
@@ -61,7 +61,12 @@ def gauss_newton_product(
     outputs: Outputs, criterion: Criterion, params: Params, direction: Params, batch: Any
 ) -> Params:
     """J^T C J times ``direction``."""
+
+    def watched(params: Params) -> Any:
+        with constants_without_tangents():
+            return outputs(params, batch)
+
     with forward_mode():
-        z, change = jvp(lambda params: outputs(params, batch), (params,), (direction,))  # type: ignore[misc]
+        z, change = jvp(watched, (params,), (direction,))  # type: ignore[misc]
     weight = hessian_product(lambda z: criterion(z, batch), z, change)
     return grad(lambda params: torch.sum(outputs(params, batch) * weight))(params)

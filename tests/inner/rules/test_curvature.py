@@ -167,14 +167,21 @@ def test_gauss_newton_solves_linear_least_squares_in_one_step():
     torch.testing.assert_close(found, torch.linalg.lstsq(x, y).solution, rtol=1e-9, atol=1e-9)
 
 
-def test_gauss_newton_product_is_the_dense_one():
+@pytest.mark.parametrize("centred", [False, True])
+def test_gauss_newton_product_is_the_dense_one(centred):
+    def centred_outputs(params, batch):
+        z = outputs(params, batch)
+        with torch.no_grad():  # A constant, as a running mean.
+            mean = z.mean(0) * centred
+        return z - mean
+
     params, given = start(), batch()
     direction = {name: torch.randn_like(p) for name, p in params.items()}
-    jacobian = torch.func.jacrev(outputs)(params, given)
+    jacobian = torch.func.jacrev(centred_outputs)(params, given)
     rows = torch.cat([jacobian[name].reshape(8, -1) for name in params], 1)
-    weight = torch.func.hessian(criterion)(outputs(params, given), given)
+    weight = torch.func.hessian(criterion)(centred_outputs(params, given), given)
     expected = rows.T @ weight @ rows @ torch.cat([direction[name].reshape(-1) for name in params])
-    found = gauss_newton_product(outputs, criterion, params, direction, given)
+    found = gauss_newton_product(centred_outputs, criterion, params, direction, given)
     torch.testing.assert_close(torch.cat([found[name].reshape(-1) for name in params]), expected)
 
 
