@@ -25,7 +25,7 @@ from metahpo.hypergrad.base import (
 )
 from metahpo.hypergrad.solvers.base import Product, Solution, Solver
 from metahpo.hypergrad.solvers.cg import CG
-from metahpo.hypergrad.systems import System, hessian_system, update_system
+from metahpo.hypergrad.systems import System, hessian_system, mean_over_batches, minimised_slopes, update_system
 from metahpo.inner.problem import RULE, InnerProblem, constants
 from metahpo.inner.rules.base import UpdateRule
 
@@ -45,8 +45,11 @@ class Implicit:
     Bias: the distance of w from the minimum (FixedPoint: from the fixed point), and the solver's residual. The one to
     take for trainings that converge, with any number of steps and hyperparameters, millions of both.
 
-    Where a minimum ends the training, a rule's hyperparameters (its rate) do not move that end: their gradient is zero,
-    which a warning tells, as it tells of a solver that did not converge. Raises NonFiniteError for one that diverged.
+    The inner loss has the rule's weight decay besides, weight_decay / 2 |w|^2, and H its diagonal. Where a minimum ends
+    the training, a rule's other hyperparameters (its rate) do not move that end: their gradient is zero, which a
+    warning tells, as it tells of a solver that did not converge and of a training from its beginning whose end is far
+    from a minimum: the inner gradient there is above a tenth of that at the start. Raises NonFiniteError for a solver
+    that diverged, HypergradientError for a decay that is taken off the parameters (``AdamW``).
     """
 
     solver: Solver = CG()
@@ -73,7 +76,8 @@ class Implicit:
         batches = list(batches)
         warnings = check_inputs(problem, rule, outer_loss, params, hparams, batches, state)
         new, state = state is None, state or InnerState(None, 0)
-        params, losses = constants(params), []
+        params, losses, last = constants(params), [], batches[-self.batches :]
+        start = self._distance(problem, rule, params, constants(hparams), last) if new else None
         with torch.no_grad():
             # By stretches, so that no more than so many losses stand alone.
             for first in range(0, len(batches), 256):
@@ -83,8 +87,7 @@ class Implicit:
                 )
                 params, state = end.params, InnerState(end.state, end.step, state.memory, end.carry)
                 losses.append(torch.stack(end.losses))
-        last = batches[-self.batches :]
-        return self._at(problem, rule, outer_loss, params, hparams, last, state, losses, warnings, new)
+        return self._at(problem, rule, outer_loss, params, hparams, last, state, losses, warnings, new, start)
 
     def hypergradient_at(
         self,
@@ -124,11 +127,12 @@ class Implicit:
         losses: Sequence[Tensor],
         warnings: Sequence[str],
         new: bool,
+        start: Tensor | None = None,
     ) -> Hypergradient:
         if not batches:
             raise HypergradientError("batches: found none, expected those of the inner loss")
         with twice_differentiated(problem, outer_loss, params, hparams, batches[-1], "FiniteDifference()", new):
-            return self._solved_at(problem, rule, outer_loss, params, hparams, batches, state, losses, warnings)
+            return self._solved_at(problem, rule, outer_loss, params, hparams, batches, state, losses, warnings, start)
 
     def _solved_at(
         self,
@@ -141,6 +145,7 @@ class Implicit:
         state: InnerState,
         losses: Sequence[Tensor],
         warnings: Sequence[str],
+        start: Tensor | None,
     ) -> Hypergradient:
         ends, given = leaves(params), leaves(hparams)
         carry = problem.carry if state.carry is None else state.carry
@@ -153,17 +158,18 @@ class Implicit:
             if self.solver.system == "map":
                 system = update_system(problem, rule, ends, given, batches, state.rule, state.step, carry)
             else:
-                system = hessian_system(problem, ends, given, batches, carry)
+                system = hessian_system(problem, rule, ends, given, batches, state.step, carry)
         slopes, direct = found[: len(ends)], dict(zip(given, found[len(ends) :]))
         rhs = system.vector(slopes)
         solution = self._solved(system.product, rhs, self._start(state.memory, rhs))
-        told = self._told(solution, given)
         after = InnerState(state.rule, state.step, solution.v, state.carry)
         if not math.isfinite(float(solution.residual)):
             # Raises where the training or the outer loss diverged, which comes first.
             finished(value, dict.fromkeys(given), hparams, params, after, losses)
             raise NonFiniteError(self._diverged(system, rhs))
         through = system.to_hparams(solution.v)
+        told = self._told(solution, [name for name in given if name.startswith(RULE) and through[name] is None])
+        told += self._far(system, ends, start)
         grads = {name: _sum(direct[name], through.get(name)) for name in given}
         return finished(value, grads, hparams, params, after, losses, [*warnings, *told])
 
@@ -185,9 +191,38 @@ class Implicit:
             )
         return memory
 
-    def _told(self, solution: Solution, hparams: Params) -> list[str]:
+    def _distance(
+        self, problem: InnerProblem, rule: UpdateRule, params: Params, hparams: Params, batches: Sequence[Any]
+    ) -> Tensor:
+        """What ``System.distance`` is where the training begins."""
+        if self.solver.system == "map":
+            with torch.no_grad():
+                moved = mean_over_batches(problem, problem.carry).fit(rule, params, hparams, [batches]).params
+            parts = [moved[name] - p for name, p in params.items()]
+        else:
+            with torch.enable_grad():
+                _, parts = minimised_slopes(problem, rule, leaves(params), hparams, batches, 0, problem.carry)
+        return torch.cat([part.detach().flatten() for part in parts]).norm()
+
+    def _far(self, system: System, params: Params, start: Tensor | None) -> list[str]:
+        """A warning where the training has not come near to where its system holds."""
+        if start is None:
+            return []
+        end, size = system.distance(len(params)), torch.cat([p.detach().flatten() for p in params.values()]).norm()
+        # What rounding alone moves the parameters, or the loss, by is none.
+        noise = torch.finfo(end.dtype).eps ** 0.5 * (size if system.is_update else system.value.detach().abs() / size)
+        if bool(end <= 0.1 * start) or bool(end <= noise):
+            return []
+        what = "the update" if system.is_update else "the inner gradient"
+        where = "a fixed point" if system.is_update else "a minimum"
+        return [
+            f"{what} at the end is {float(end / start):.2g} of that at the start, so the training has not come to "
+            f"{where}, at which this gradient holds; train for longer, or at other rates, or take Unroll()"
+        ]
+
+    def _told(self, solution: Solution, own: list[str]) -> list[str]:
+        """own: the rule's hyperparameters that nothing in the system depends on."""
         name, told = type(self.solver).__name__, []
-        own = [n for n in hparams if n.startswith(RULE)]
         if own and self.solver.system == "hessian":
             told.append(
                 f"{', '.join(map(repr, own))}: a minimum of the inner loss, where Implicit({name}) takes the training "

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
-from metahpo.errors import HypergradientError
+from metahpo.errors import HypergradientError, NetError
 from metahpo.functional.trees import Params
 from metahpo.inner.problem import InnerProblem, split
 from metahpo.inner.rules.base import RuleState, UpdateRule
+from metahpo.inner.rules.decay import loss_decays
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,12 @@ class System:
         padded = [*tensors, *[None] * (len(self.inputs) - len(tensors))]
         return torch.cat([(torch.zeros_like(x) if t is None else t).flatten() for t, x in zip(padded, self.inputs)])
 
+    def distance(self, count: int) -> Tensor:
+        """The size of what is zero at the end of a training: the first ``count`` outputs, or their moves."""
+        pairs = list(zip(self.outputs, self.inputs))[:count]
+        parts = [out - x if self.is_update else out for out, x in pairs]
+        return torch.cat([part.detach().flatten() for part in parts]).norm()
+
     def product(self, v: Tensor) -> Tensor:
         """A v."""
         pulled = self.vector(self._pulled(v, self.inputs))
@@ -57,14 +64,46 @@ class System:
 
 
 def hessian_system(
-    problem: InnerProblem, params: Params, hparams: Params, batches: Sequence[Any], carry: Any
+    problem: InnerProblem,
+    rule: UpdateRule,
+    params: Params,
+    hparams: Params,
+    batches: Sequence[Any],
+    step: int,
+    carry: Any,
 ) -> System:
-    """H v = g at params, with the Hessian of the mean inner loss over the batches, each at this carry."""
-    others = split(hparams)[0]
-    inputs = list(params.values())
-    value = _mean(problem, carry).loss(params, others, batches)
-    grads = torch.autograd.grad(value, inputs, create_graph=True, materialize_grads=True)
-    return System(value, grads, inputs, others, is_update=False)
+    """H v = g at params, with the Hessian of what the rule minimises: the mean inner loss over the batches, each at
+    this carry, and its weight decay at the last of ``step`` steps."""
+    value, slopes = minimised_slopes(problem, rule, params, hparams, batches, step, carry, create_graph=True)
+    return System(value, slopes, list(params.values()), hparams, is_update=False)
+
+
+def minimised_slopes(
+    problem: InnerProblem,
+    rule: UpdateRule,
+    params: Params,
+    hparams: Params,
+    batches: Sequence[Any],
+    step: int,
+    carry: Any,
+    create_graph: bool = False,
+) -> tuple[Tensor, list[Tensor]]:
+    """The mean inner loss over the batches, and the gradient of what the rule minimises, which has its weight decay
+    besides, in each of params."""
+    others, own = split(hparams)
+    try:
+        decays = loss_decays(rule, params, max(step - 1, 0), own)
+    except NetError as error:
+        raise HypergradientError(str(error)) from error
+    value = mean_over_batches(problem, carry).loss(params, others, batches)
+    found = torch.autograd.grad(value, list(params.values()), create_graph=create_graph, allow_unused=True)
+    slopes = []
+    for (name, p), slope in zip(params.items(), found):
+        if slope is None:  # Which no rule moves.
+            slopes.append(torch.zeros_like(p))
+        else:
+            slopes.append(slope + decays[name] * p if name in decays else slope)
+    return value, slopes
 
 
 def update_system(
@@ -81,7 +120,7 @@ def update_system(
     leaves, spec = tree_flatten(state)
     leaves = [x.detach().requires_grad_() if _moves(x) else x for x in leaves]
     start = tree_unflatten(leaves, spec)
-    end = _mean(problem, carry).fit(rule, params, hparams, [batches], state=start, step=step)
+    end = mean_over_batches(problem, carry).fit(rule, params, hparams, [batches], state=start, step=step)
     outputs = [*(end.params[name] for name in params), *filter(_moves, tree_leaves(end.state))]
     inputs = [*params.values(), *filter(_moves, leaves)]
     before, after = ([list(x.shape) for x in xs] for xs in (inputs, outputs))
@@ -93,7 +132,7 @@ def update_system(
     return System(end.losses[0], outputs, inputs, hparams, is_update=True)
 
 
-def _mean(problem: InnerProblem, carry: Any) -> InnerProblem:
+def mean_over_batches(problem: InnerProblem, carry: Any) -> InnerProblem:
     """The problem with the mean of the loss over a list of batches, at a carry that stays."""
 
     def loss(params: Params, hparams: Params, batches: Sequence[Any]) -> Tensor:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
-from metahpo.checks import check_flag, check_number, check_whole
+from metahpo.checks import check_number, check_whole
 from metahpo.errors import NetArgumentError, NetError
 from metahpo.functional.levels import levels
 
@@ -20,6 +20,8 @@ from metahpo.functional.levels import levels
 Operator = Callable[[Any, Tensor], Tensor]
 # The same as a function of the tree alone, which may prepare what all products with one A share.
 Products = Callable[[Any], Callable[[Tensor], Tensor]]
+# (product with A, b) -> x.
+Solve = Callable[[Callable[[Tensor], Tensor], Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -28,19 +30,16 @@ class ConjugateGradients:
     1952).
 
     tolerance: None for 2e-12 in float64 and 6e-6 in float32, about the 3/4 power of their precision. Warns with the
-    residual and the steps when that was not reached, which A's being not positive definite may be the cause of too;
-    not if ``truncate``: then ``steps`` of them are taken without a look at the numbers, which a GPU would wait for.
+    residual and the steps when that was not reached, which A's being not positive definite may be the cause of too.
     """
 
     steps: int = 200
     tolerance: float | None = None
-    truncate: bool = False
 
     def __post_init__(self):
         check_whole(self, "steps", self.steps, at_least=1, error=NetArgumentError)
         if self.tolerance is not None:
             check_number(self, "tolerance", self.tolerance, at_least=0, below=1, error=NetArgumentError)
-        check_flag(self, "truncate", self.truncate, error=NetArgumentError)
 
     def __call__(self, product: Callable[[Tensor], Tensor], b: Tensor) -> Tensor:
         """x [n] for b [n]; nothing differentiates through it."""
@@ -48,7 +47,7 @@ class ConjugateGradients:
         x, residual, direction, square = torch.zeros_like(b), b, b, b @ b
         # Squares of small numbers would be lost before the numbers are.
         target, going, count = tolerance**2 * square, square > 0, 0
-        while count < self.steps and (self.truncate or _anywhere(going)):
+        while count < self.steps and _anywhere(going):
             image = product(direction)
             curvature = direction @ image
             positive = going & (curvature > 0)
@@ -57,8 +56,7 @@ class ConjugateGradients:
             new = residual @ residual
             direction = residual + torch.where(positive, new / torch.where(positive, square, 1.0), 0.0) * direction
             square, going, count = new, positive & (new > target), count + 1
-        if not self.truncate:
-            self._warn(square, b @ b, target, count)
+        self._warn(square, b @ b, target, count)
         return x
 
     def _warn(self, square: Tensor, start: Tensor, target: Tensor, count: int) -> None:
@@ -73,6 +71,33 @@ class ConjugateGradients:
         )
 
 
+def damped_solve(product: Callable[[Tensor], Tensor], b: Tensor, steps: int) -> tuple[Tensor, Tensor]:
+    """An approximate solution of (A + damping I) x = b after exactly ``steps`` products, and the damping.
+
+    Conjugate gradients with a damping of 0 as long as A is positive definite along their directions. Where one has a
+    curvature c <= 0 the damping grows by 2 |c|, and they begin again from x. No number is looked at, which a GPU would
+    wait for.
+    """
+    x, residual, direction, square = torch.zeros_like(b), b, b, b @ b
+    damping, going = torch.zeros_like(square), square > 0
+    # Squares of small numbers would be lost before the numbers are.
+    target = torch.finfo(b.dtype).eps ** 1.5 * square
+    for _ in range(steps):
+        image = product(direction) + damping * direction
+        bend, length = direction @ image, torch.where(going, direction @ direction, 1.0)
+        positive, bent = going & (bend > 0), going & (bend <= 0)
+        # Where the curvature is exactly zero by what rounding would make of it.
+        least = torch.finfo(b.dtype).eps ** 0.5 * (image @ image / length).sqrt()
+        more = torch.where(bent, 2 * bend.abs() / length + least, 0.0)
+        size = torch.where(positive, square / torch.where(positive, bend, 1.0), 0.0)
+        x, damping = x + size * direction, damping + more
+        residual = residual - size * image - more * x
+        new = residual @ residual
+        direction = residual + torch.where(positive, new / torch.where(positive, square, 1.0), 0.0) * direction
+        square, going = new, (positive | bent) & (new > target)
+    return x, damping
+
+
 def solve(operator: Operator, tree: Any, b: Tensor, solver: ConjugateGradients) -> Tensor:
     """x with ``operator(tree, x) = b``, all [n], differentiable once in b and in all that A depends on, in reverse and
     forward mode (the implicit function theorem: a derivative is one more solve with the same A).
@@ -85,7 +110,7 @@ def solve(operator: Operator, tree: Any, b: Tensor, solver: ConjugateGradients) 
     return x + correction(lambda tree: partial(operator, tree), tree, b - operator(tree, x), solver)
 
 
-def correction(products: Products, tree: Any, residual: Tensor, solver: ConjugateGradients) -> Tensor:
+def correction(products: Products, tree: Any, residual: Tensor, solver: Solve) -> Tensor:
     """Zero, with the derivative A^-1 d(residual): what is to be added to a solution of residual = 0 that was found
     without derivatives, A the residual's negative Jacobian there (the implicit function theorem)."""
     leaves, spec = tree_flatten(tree)

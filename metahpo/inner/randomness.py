@@ -141,24 +141,24 @@ def same_draws(function: Callable[..., Any], tensors: Iterable[Tensor]) -> Calla
     return call
 
 
-def repeatable(loss: Callable[..., Any]) -> Callable[..., Any]:
+def repeatable(
+    loss: Callable[..., Any], instead: str = "choose Reverse() and NoRemat(), which compute it once"
+) -> Callable[..., Any]:
     """The same inner loss; raises NetError if in step 0 a second call gives another value than the first.
 
-    A backward pass that runs a step again at the same parameters would otherwise be one of another function.
+    instead: what to do about it. A backward pass that runs a step again at the same parameters would otherwise be that
+    of another function.
     """
     first: list[Tensor] = []
 
     def call(*arguments: Any) -> Any:
         result = loss(*arguments)
-        if arguments[3] or torch.compiler.is_compiling() or _being_recorded():
+        if arguments[3] or len(first) == 2 or not readable(result[0]):
             return result
         *_, value = levels(result[0])
         value = value.detach()
-        if value.is_cuda and torch.cuda.is_current_stream_capturing():
-            return result
-        if not first:
-            first.append(value)
-        elif first[0].shape == value.shape:
+        first.append(value)
+        if len(first) == 2 and first[0].shape == value.shape:
             # Rounding, of which forward mode has its own, is a thousandth of this.
             bound = 30 * torch.finfo(value.dtype).eps ** 0.5 * (1e-3 + value.abs() + first[0].abs())
             apart = (value - first[0]).abs() > bound
@@ -166,12 +166,19 @@ def repeatable(loss: Callable[..., Any]) -> Callable[..., Any]:
                 raise NetError(
                     f"the inner loss of step 0 is {float(value[apart][0]):.6g} when it is computed again, and was "
                     f"{float(first[0][apart][0]):.6g}: something in it counts, or draws random numbers that are "
-                    "neither torch's, random's nor numpy.random's own; choose Reverse() and NoRemat(), which compute "
-                    "it once"
+                    f"neither torch's, random's nor numpy.random's own; {instead}"
                 )
         return result
 
     return call
+
+
+def readable(tensor: Tensor) -> bool:
+    """Whether the numbers in a tensor can be looked at now: not while a compiler, a record (``make_fx``) or a CUDA
+    graph is made."""
+    if torch.compiler.is_compiling() or _being_recorded():
+        return False
+    return not (tensor.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
 def _being_recorded() -> bool:

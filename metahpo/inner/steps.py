@@ -10,6 +10,7 @@ from torch import Tensor
 from metahpo.functional.levels import under_torch_func
 from metahpo.functional.trees import Params
 from metahpo.inner.gradient import InnerGradient, InnerLoss, StepLoss, zeros_for_unused
+from metahpo.inner.randomness import same_draws
 from metahpo.inner.rules.base import RuleState
 
 Update = Callable[..., tuple[Params, RuleState]]
@@ -70,18 +71,20 @@ def take_steps(
     """One update a batch from ``start`` = (params, state, carry), numbered from ``first``.
 
     update: ``(params, grads, state, step)``, and a fifth argument, the ``StepLoss``, if its ``needs_loss`` is true. It
-    gets zeros for the gradient of a tensor that the loss does not use, or None if its ``skips_unused`` is true.
+    gets zeros for the gradient of a tensor that the loss does not use, or None if its ``skips_unused`` is true. The
+    gradient and what the update makes of the step's loss see the same random numbers (dropout).
     """
     params, state, carry = start
     needs_loss = getattr(update, "needs_loss", False)
     skips_unused = getattr(update, "skips_unused", False)
     losses, kept = Losses(), []
     for step, batch in enumerate(batches, start=first):
-        its_loss = (StepLoss(loss, carry, batch, step),) if needs_loss else ()
-        grads, value, carry = gradient(loss, params, carry, batch, step)
+        its_loss = same_draws(loss, params.values()) if needs_loss else loss
+        arguments = (StepLoss(its_loss, carry, batch, step),) if needs_loss else ()
+        grads, value, carry = gradient(its_loss, params, carry, batch, step)
         if not skips_unused and any(g is None for g in grads.values()):
             grads = zeros_for_unused(grads, params)
-        params, state = update(params, grads, state, step, *its_loss)
+        params, state = update(params, grads, state, step, *arguments)
         losses.add(value)
         if keep:
             kept.append(params)

@@ -13,7 +13,7 @@ from torch import nn
 from metahpo.errors import HypergradientError, NonFiniteError
 from metahpo.hypergrad import CG, FixedPoint, Forward, Implicit, InnerState, Neumann, Nystrom, Unroll
 from metahpo.hypergrad.measure import measured
-from metahpo.inner import SGD, InnerProblem, UpdateRule, rule_hparams
+from metahpo.inner import SGD, AdamW, ByLayer, InnerProblem, Scheduled, UpdateRule, rule_hparams
 
 RATE = 0.375  # Exact in single precision, in which rules are made.
 SOLVERS = [CG(200, 1e-12), Neumann(150, RATE, 1e-12), FixedPoint(150, 1e-12), Nystrom(6, 1e-12)]
@@ -80,6 +80,67 @@ def test_equals_the_closed_form(solver, per_parameter):
     assert trained.losses.shape == (100,)
     assert trained.state.step == 100
     torch.testing.assert_close(trained.grads, grads, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("solver", SOLVERS, ids=lambda s: type(s).__name__)
+@pytest.mark.parametrize("kind", ["sgd", "momentum", "by layer and phase"])
+def test_a_weight_decay_of_the_rule_is_part_of_the_minimum(solver, kind):
+    """Against the ridge whose loss has that decay, in the loss's hyperparameter and in the rule's."""
+    ridge = Ridge()
+    own = SGD(RATE, momentum=0.5 if kind == "momentum" else None, weight_decay=0.25).double()
+    given = rule_hparams(own, "weight_decay")
+    if kind == "by layer and phase":
+        own = ByLayer(own, ["w", "b"], phases=2, steps=240, learnable=False)
+        given = {"rule.weight_decay": torch.tensor([[7.0, 0.25], [7.0, 0.5]], dtype=torch.float64)}
+
+    def decays(h):
+        rows = h["rule.weight_decay"].expand(2, 2)[:, -1] if kind[:2] == "by" else h["rule.weight_decay"].expand(2)
+        return {name: (h["decay.all"].exp() + rows[i]).log() for i, name in enumerate(("decay.w", "decay.b"))}
+
+    hparams = {n: h.clone().requires_grad_() for n, h in {**ridge.hparams, **given}.items()}
+    end = ridge.minimum(decays(hparams))
+    value = ridge.outer_loss(end, {"decay.all": hparams["decay.all"]})
+    expected = dict(zip(hparams, torch.autograd.grad(value, list(hparams.values()))))
+    arguments = (ridge.outer_loss, ridge.params, {**ridge.hparams, **given}, ridge.batches * 240)
+    found = Implicit(solver)(ridge.problem, own, *arguments)
+    assert found.warnings == ()
+    torch.testing.assert_close(found.grads, expected, rtol=1e-8, atol=1e-10)
+
+
+def test_a_decay_that_is_taken_off_the_parameters_is_refused():
+    ridge = Ridge()
+    decoupled = AdamW(0.1, weight_decay=0.1)
+    wrapped = ByLayer(decoupled, ["w", "b"], learnable=False), Scheduled(decoupled, [1], learnable=False)
+    for rule in (decoupled, *wrapped):
+        with pytest.raises(HypergradientError, match=f"{type(rule).__name__} takes weight_decay off the parameters"):
+            Implicit()(ridge.problem, rule, ridge.outer_loss, ridge.params, ridge.hparams, ridge.batches)
+    rule = AdamW(0.1, weight_decay=0.0)
+    Implicit()(ridge.problem, rule, ridge.outer_loss, ridge.params, ridge.hparams, ridge.batches)
+
+
+@pytest.mark.parametrize("solver", SOLVERS, ids=lambda s: type(s).__name__)
+def test_an_end_that_is_far_from_a_minimum_is_told(solver):
+    """A training that is too short, and one by a rule with a pull of its own that is not known."""
+    ridge = Ridge()
+    arguments = (ridge.outer_loss, ridge.params, ridge.hparams)
+    what = "the update" if isinstance(solver, FixedPoint) else "the inner gradient"
+    found = Implicit(solver)(ridge.problem, ridge.rule, *arguments, ridge.batches)
+    (told,) = found.warnings
+    slopes = [inner_slope(ridge, params) for params in (ridge.params, found.final_params)]
+    assert told.startswith(f"{what} at the end is {float(slopes[1] / slopes[0]):.2g} of that at the start"), told
+    # To go on from there is no beginning.
+    later = Implicit(solver)(
+        ridge.problem, ridge.rule, ridge.outer_loss, found.final_params, ridge.hparams, ridge.batches, found.state
+    )
+    assert later.warnings == ()
+    pulled = Implicit(solver)(ridge.problem, Decayed(0.5), *arguments, ridge.batches * 100).warnings
+    assert len(pulled) == (0 if isinstance(solver, FixedPoint) else 1)
+
+
+def inner_slope(ridge, params):
+    params = {name: p.clone().requires_grad_() for name, p in params.items()}
+    value = ridge.loss(params, ridge.hparams, ridge.batches[0])
+    return torch.cat([g.flatten() for g in torch.autograd.grad(value, list(params.values()))]).norm()
 
 
 class Decayed(UpdateRule):

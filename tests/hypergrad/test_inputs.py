@@ -67,9 +67,9 @@ def test_a_graph_that_comes_in_is_refused(strategy):
             problem, hparams = InnerProblem(loss), {"decay": torch.tensor(-2.0, dtype=torch.float64)}
             strategy(problem, SGD(RATE).double(), outer_loss, given or start(), hparams, batches, state)
     # Parameters of a net require grad; a batch that does is a constant, which is told.
-    assert run(strategy, loss, [(X, Y)], free()).warnings == ()
-    told = run(strategy, loss, [(X.clone().requires_grad_(), Y)]).warnings
-    assert [line.partition(";")[0] for line in told] == ["batches: a tensor [12, 4] requires grad"]
+    for x, told in ((X, []), (X.clone().requires_grad_(), ["batches: a tensor [12, 4] requires grad"])):
+        warnings = run(strategy, loss, [(x, Y)], free()).warnings
+        assert [line.partition(";")[0] for line in warnings if line.startswith("batches")] == told
 
 
 def test_the_difference_from_initial_parameters_that_depend_on_hyperparameters_trains_alike():

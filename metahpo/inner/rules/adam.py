@@ -68,6 +68,8 @@ class AdamW(Adam):
     Its hyperparameters and flags are Adam's.
     """
 
+    decoupled_decay = True
+
     def __init__(
         self,
         lr: float = 1e-3,

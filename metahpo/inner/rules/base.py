@@ -70,9 +70,13 @@ class PerTensorRule(UpdateRule):
 
     A tensor whose gradient is None stays as it is, and so does its state: neither weight decay nor momentum moves it,
     and such a step is not counted in its ``step``, as in ``torch.optim``.
+
+    decoupled_decay: whether a hyperparameter "weight_decay" is taken off the parameters (AdamW), and not through the
+    gradient as that of weight_decay / 2 |w|^2.
     """
 
     skips_unused = True
+    decoupled_decay = False
 
     def tensor_state(self, param: Tensor) -> dict[str, Tensor]:
         """What the rule carries for one tensor, before the first step."""

@@ -47,6 +47,7 @@ class ByLayer(PerTensorRule):
             self.register_parameter(key, nn.Parameter(table, requires_grad=learnable))
         # In a tuple, as its scalars are not in use and should not be among the parameters.
         self._rule = (rule,)
+        self.decoupled_decay = rule.decoupled_decay
         self._row = {name: i for i, name in enumerate(self.names)}
 
     def tensor_state(self, param: Tensor) -> dict[str, Tensor]:

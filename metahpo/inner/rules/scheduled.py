@@ -26,6 +26,7 @@ class Scheduled(PerTensorRule):
         super().__init__()
         expected = "a rule that treats each tensor on its own, such as SGD(lr)"
         self.rule = check_type(self, "rule", rule, PerTensorRule, expected, error=NetArgumentError)
+        self.decoupled_decay = rule.decoupled_decay
         if not isinstance(factors, Iterable) or isinstance(factors, str) or len(factors) == 0:
             refuse(self, "factors", factors, "a list of at least one number", NetArgumentError)
         numbers = [check_number(self, f"factors[{i}]", f, error=NetArgumentError) for i, f in enumerate(factors)]

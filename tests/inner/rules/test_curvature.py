@@ -73,6 +73,26 @@ def outer(rule, hyper, decay, **how):
     return params["first"].sin().sum() + params["second"].pow(2).sum()
 
 
+def test_gradient_and_curvature_see_one_mask():
+    """A full step on a quadratic loss ends at the minimum of the loss that dropout made, found by a dense solve."""
+    masks = []
+
+    def outputs(params, batch):
+        mask = torch.nn.functional.dropout(torch.ones(8, 2))
+        masks.append(mask)
+        return (mask * batch["x"]) @ params["w"]
+
+    def criterion(z, batch):
+        return 0.5 * (z - batch["y"]).square().sum()
+
+    data = batch()
+    loss = lambda p, c, b, s: (criterion(outputs(p, b), b), c)  # noqa: E731
+    end = unroll(loss, Newton(1.0, damping=0.0), {"w": torch.ones(2)}, [data]).params
+    assert all(torch.equal(mask, masks[0]) for mask in masks) and len(masks) > 1
+    expected = torch.linalg.lstsq(masks[0] * data["x"], data["y"][:, None]).solution[:, 0]
+    torch.testing.assert_close(end["w"], expected, rtol=1e-9, atol=0)
+
+
 @pytest.mark.parametrize("name", RULES)
 def test_hyperparameters_and_the_loss_pass_finite_differences(name):
     rule = RULES[name]()
