@@ -51,7 +51,8 @@ class CAVIA(MAML):
 
     net and the rest: as in ``MAML``, without ``adapt_norms``. context: its size. after: the name of the layer that is
     followed by the FiLM layer; by default the last of the net's batch norms (before which a scale and shift would have
-    no effect), or its first layer with weights where it has none.
+    no effect), or its first layer with weights where it has none, in the order in which it registers them; where it
+    calls them in another order, that is refused on the first example.
     """
 
     def __init__(self, net: nn.Module, *, context: int = 100, after: str | None = None, **options: Any):
@@ -61,15 +62,20 @@ class CAVIA(MAML):
         check_type(self, "after", after, (str, type(None)), "the name of a layer", error=NetArgumentError)
         if options.get("adapt_norms"):
             raise NetArgumentError("CAVIA: adapt_norms: the context alone is adapted; leave it off")
-        self._after, self._looked = after or _place(net), False
+        self._after, self._by_default, self._looked = after or _place(net), after is None, False
         super().__init__(with_layers(net, [self._after], lambda layer: _film(context, layer)), **options)
 
     def look_at(self, x: Tensor) -> None:
         if self._looked:
             return
         net = self.module.net
-        called = {net.get_submodule(name) for kind, name in events(self.module, x) if kind == "begin"}
-        if not any(isinstance(layer, FiLM) for layer in called):
+        called = {name: net.get_submodule(name) for kind, name in events(self.module, x) if kind == "begin"}
+        if self._by_default and (place := _place_of(called)) and called[place] is not net.get_submodule(self._after):
+            raise NetArgumentError(
+                f"CAVIA: after: the net registers {self._after!r} where it calls {place!r}; name the layer that the "
+                f"context follows, such as after={place!r}"
+            )
+        if not any(isinstance(layer, FiLM) for layer in called.values()):
             raise NetArgumentError(
                 f"CAVIA: after: the net never calls its layer {self._after!r}, so that nothing can follow it; name "
                 "another by after='LAYER'"
@@ -92,11 +98,17 @@ class CAVIA(MAML):
 
 
 def _place(net: nn.Module) -> str:
-    names = [name for name, module in net.named_modules() if isinstance(module, NORMS)]
-    names = names or [name for name, m in net.named_modules() if isinstance(m, LAYERS) and is_called(m)][:1]
-    if not names:
+    place = _place_of(dict(net.named_modules()))
+    if place is None:
         raise NetError(f"{type(net).__name__} has no batch norm, convolution or Linear layer; name one by after")
-    return names[-1]
+    return place
+
+
+def _place_of(layers: dict[str, nn.Module]) -> str | None:
+    """Of layers in order the last batch norm, or the first with weights."""
+    norms = [name for name, layer in layers.items() if isinstance(layer, NORMS)]
+    weighted = [name for name, layer in layers.items() if isinstance(layer, LAYERS) and is_called(layer)]
+    return norms[-1] if norms else weighted[0] if weighted else None
 
 
 def _film(context: int, layer: nn.Module) -> nn.Module:

@@ -55,17 +55,19 @@ class WithHead(MetaLearner):
 
     def head_layer(self) -> nn.Module:
         """The head, as far as it is known."""
-        layers = self._layers()
-        if self.head is not None:
-            known = dict(self.module.net.named_modules(remove_duplicate=False))
-            layer = known.get(self.head)
-            if layer is None or not any(True for _ in layer.parameters()):
-                hint = did_you_mean(self.head, filter(None, layers))
-                self._refuse(f"the net has no layer {self.head!r} with parameters; {hint}")
-            return layer
-        if not layers:
-            raise NetError(f"{type(self).__name__}: the net has no layer with parameters to be its head")
-        return list(layers.values())[-1]
+        if self.head is None:
+            *_, last = [None, *self._layers().values()]
+            if last is None:
+                raise NetError(f"{type(self).__name__}: the net has no layer with parameters to be its head")
+            return last
+        try:
+            layer = self.module.net.get_submodule(self.head)
+        except AttributeError:
+            layer = None
+        if layer is None or not any(True for _ in layer.parameters()):
+            hint = did_you_mean(self.head, filter(None, self._layers()))
+            self._refuse(f"the net has no layer {self.head!r} with parameters; {hint}")
+        return layer
 
     def _layers(self) -> dict[str, nn.Module]:
         """The layers that may be the head, by name, in the order in which the net registers them."""
@@ -75,10 +77,11 @@ class WithHead(MetaLearner):
             if not isinstance(layer, _BatchNorm)
             and is_called(layer)
             and ".parametrizations." not in f".{name}."
-            and any(
-                p.requires_grad or not self._trainable_head for p in layer.parameters(recurse=is_parametrized(layer))
-            )
+            and any(map(self._counts, layer.parameters(recurse=is_parametrized(layer))))
         }
+
+    def _counts(self, param: Tensor) -> bool:
+        return param.requires_grad or not self._trainable_head
 
     def _last(self, happened: list[Event]) -> str:
         layers = self._layers()
@@ -86,11 +89,13 @@ class WithHead(MetaLearner):
         if not places:
             self._refuse("the net calls no layer with parameters")
         name = happened[places[-1]][1]
-        own = {id(p) for p in layers[name].parameters()}
-        norms = {id(p) for m in self.module.net.modules() if isinstance(m, _BatchNorm) for p in m.parameters()}
-        for kind, used in happened[happened.index(("end", name), places[-1]) :]:
+        passed = [layers[name], *(m for m in self.module.net.modules() if isinstance(m, _BatchNorm))]
+        known = {id(p) for layer in passed for p in layer.parameters()}
+        later = [used for kind, used in happened[happened.index(("end", name), places[-1]) :] if kind == "use"]
+        for used in later:
+            p = self.module.net.get_parameter(used)
             # A scale of the outputs is no head.
-            if kind == "use" and (p := self.module.net.get_parameter(used)).numel() > 1 and id(p) not in own | norms:
+            if p.numel() > 1 and self._counts(p) and id(p) not in known:
                 self._refuse(f"the net uses its parameter {used!r} after {name!r}, the last layer that it calls")
         return name
 
@@ -176,7 +181,7 @@ def _unchanged_draws(x: Tensor) -> Iterator[None]:
 
 
 class _Uses(TorchFunctionMode):
-    """Notes which parameters of the net torch's functions are given."""
+    """Notes from which parameters of the net tensors are made; to ask for a shape is no use."""
 
     def __init__(self, net: nn.Module, found: list[Event]):
         super().__init__()
@@ -185,8 +190,8 @@ class _Uses(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        # A hook's lambda gives None, a property is no use.
-        if getattr(func, "__name__", "") != "__get__":
+        result = func(*args, **kwargs)
+        if any(isinstance(leaf, Tensor) for leaf in tree_leaves(result)):
             leaves = tree_leaves((args, kwargs))
             self.found += [("use", self.names[id(leaf)]) for leaf in leaves if id(leaf) in self.names]
-        return func(*args, **kwargs)
+        return result

@@ -13,6 +13,7 @@ from metahpo.errors import NetArgumentError
 from metahpo.learners import CAVIA, LinearHead, Phase, ProtoNet, WarpMAML
 from metahpo.learners.base import MetaLearner
 from metahpo.tasks import Task
+from metahpo.testing.learner_subject import reverse
 from metahpo.training.checkpoint import load_learner
 from metahpo.training.engines import Loop, Threads, VMap
 
@@ -177,6 +178,11 @@ def test_a_context_that_the_net_never_reaches_is_refused(tasks):
     learner = CAVIA(Encoder().double(), after="layer.self_attn.out_proj")
     with pytest.raises(NetArgumentError, match=r"CAVIA: after: the net never calls its layer 'layer\.self_attn\.out_"):
         learner.meta_loss(tasks.select(0), TRAINING)
+    backwards = Encoder().double()
+    reverse(backwards)
+    with pytest.raises(NetArgumentError, match=r"registers 'head' where it calls 'body'; .* such as after='body'"):
+        CAVIA(backwards).meta_loss(tasks.select(0), TRAINING)
+    CAVIA(backwards, after="body").meta_loss(tasks.select(0), TRAINING)
     with pytest.raises(NetArgumentError, match="CAVIA: adapt_norms: the context alone is adapted"):
         CAVIA(Encoder(), adapt_norms=True)
 

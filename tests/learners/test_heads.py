@@ -239,7 +239,7 @@ def test_a_head_that_cannot_be_found_is_asked_for(tasks):
             self.body, self.weight = nn.Linear(WIDTH, 6), nn.Parameter(torch.randn(WAYS, 6))
 
         def forward(self, x):
-            return F.linear(self.body(x.mean(1)), self.weight)
+            return self.body(x.mean(1)) @ self.weight.T
 
     for kind in (ANIL, BOIL):
         with pytest.raises(NetArgumentError, match=r"parameter 'weight' after 'body', the last layer .* by head="):
