@@ -113,7 +113,7 @@ def maximised(
 ) -> np.ndarray | None:
     """The point [D] where ``score`` (of points [N, D], gives [N]) is largest, or nearly; by climbing from several.
 
-    centres: good points [M, D], near which it is looked too. taken: ``key`` of points that are not wanted; None if all
+    centres: good points [M, D], near which it is looked too. taken: ``keys`` of points that are not wanted; None if all
     that were looked at are such.
     """
     dimensions = len(cube.space)
@@ -141,9 +141,9 @@ def maximised(
     return starts[best] if np.isfinite(heights[best]) else None
 
 
-def key(point: np.ndarray) -> bytes:
-    """The same for points of the same settings, whatever rounding did."""
-    return np.round(point, 9).tobytes()
+def keys(points: np.ndarray) -> list[bytes]:
+    """The same for points (of [N, D]) of the same settings, whatever rounding did."""
+    return [point.tobytes() for point in np.round(points, 9)]
 
 
 class _Seen:
@@ -153,8 +153,8 @@ class _Seen:
         self._score, self._scores = score, dict.fromkeys(taken, -np.inf)
 
     def __call__(self, points: np.ndarray) -> np.ndarray:
-        keys = [key(point) for point in points]
-        new = {k: i for i, k in enumerate(keys) if k not in self._scores}
+        names = keys(points)
+        new = {name: i for i, name in enumerate(names) if name not in self._scores}
         if new:
             self._scores.update(zip(new, self._score(points[list(new.values())])))
-        return np.array([self._scores[k] for k in keys])
+        return np.array([self._scores[name] for name in names])

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from metahpo.searchers.acquisition import ACQUISITIONS, Cube, acquisition, key, maximised
+from metahpo.searchers.acquisition import ACQUISITIONS, Cube, acquisition, keys, maximised
 from metahpo.searchers.base import History, Observation, Searcher, initial
 from metahpo.searchers.checks import above, at_least, one_of
 from metahpo.searchers.gaussian_process import NOISE, GaussianProcess, features, fit
@@ -59,7 +59,7 @@ class Bayesian(Searcher):
             with torch.no_grad():
                 return function(torch.as_tensor(features(space, points)[0])[:, None]).numpy()
 
-        taken = {key(point) for point in cube.snap(np.array([space.encode(s) for s in history.known]))}
+        taken = set(keys(cube.snap(np.array([space.encode(s) for s in history.known]))))
         point = maximised(cube, score, told[np.argsort(-values[: len(told)])[:5]], rng, taken)
         return space.sample(rng) if point is None else space.decode(point)
 

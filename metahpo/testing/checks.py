@@ -6,9 +6,7 @@ import copy
 import json
 import math
 import random
-import tempfile
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import numpy as np
 
@@ -31,7 +29,7 @@ from metahpo.testing.problems import (
     hopeless,
     two,
 )
-from metahpo.testing.running import ENDLESS, Order, difference, run, told
+from metahpo.testing.running import ENDLESS, Order, Ordered, difference, opened_anew, run, told
 from metahpo.testing.subject import Subject, all_tried
 
 # In which order the results of trials that are at work at once may arrive.
@@ -106,16 +104,16 @@ def keeps_no_state(subject: Subject) -> None:
 
 def resumes(subject: Subject) -> None:
     """A study that is closed and opened anew, with a new searcher, goes on as if nothing had been."""
-    space, objective = subject.space, bowl(subject.space)
-    cuts = sorted({1, 4, subject.trials // 2, subject.trials - 1, subject.trials})
-    with tempfile.TemporaryDirectory() as folder:
-        for cut in cuts:
-            records = run(subject.fresh(), space, objective, cut, storage=Path(folder) / "study.db")
-            if found := difference(subject.reference[:cut], records):
-                raise AssertionError(
-                    f"trial {found[0]} is {found[1]} in one go and {found[2]} in a study that was closed and opened "
-                    "again; what the searcher needs later belongs in Proposal.notes, in plain values"
-                )
+    objective = bowl(subject.space)
+    study = Study(subject.space, subject.fresh())
+    for cut in sorted({1, 4, subject.trials // 2, subject.trials - 1, subject.trials}):
+        with opened_anew(study, subject.fresh()) as study:
+            study.optimize(objective, cut, Ordered(), max_failures=ENDLESS)
+        if found := difference(subject.reference[:cut], study.trials):
+            raise AssertionError(
+                f"trial {found[0]} is {found[1]} in one go and {found[2]} in a study that was closed and opened "
+                "again; what the searcher needs later belongs in Proposal.notes, in plain values"
+            )
 
 
 def bears_failures(subject: Subject) -> None:

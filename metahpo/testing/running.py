@@ -27,21 +27,28 @@ def run(
     trials: int,
     *,
     seed: int = 0,
-    storage: Path | None = None,
     workers: int = 1,
     order: Order = lambda working: 0,
     directions: Sequence[Any] = ("minimize",),
 ) -> list[TrialRecord]:
     """The trials of a search, which goes on up to ``trials`` of them whatever fails."""
-    with Study(space, searcher, storage, directions, seed) as study:
+    with Study(space, searcher, None, directions, seed) as study:
         study.optimize(objective, trials, Ordered(workers, order), max_failures=ENDLESS)
         return study.trials
+
+
+def opened_anew(closed: Study, searcher: Searcher) -> Study:
+    """A study that knows of a closed one what its store holds, plain values all, as if read from a file."""
+    study = Study(closed.space, searcher, None, closed.directions, closed.seed)
+    study._store = closed._store
+    study._begin()
+    return study
 
 
 class Ordered(Executor):
     """Holds up to ``workers`` trials and ends the one that ``order`` picks."""
 
-    def __init__(self, workers: int, order: Order):
+    def __init__(self, workers: int = 1, order: Order = lambda working: 0):
         self.workers, self.order = workers, order
 
     def start(self, objective: Any, folder: Path | None) -> None:

@@ -17,7 +17,7 @@ from scipy.optimize import minimize
 from scipy.stats import gamma, norm
 
 from metahpo.searchers import Choice, Float, Int, Space
-from metahpo.searchers.acquisition import ACQUISITIONS, Cube, acquisition, key, maximised
+from metahpo.searchers.acquisition import ACQUISITIONS, Cube, acquisition, keys, maximised
 from metahpo.searchers.gaussian_process import (
     JITTER,
     GaussianProcess,
@@ -155,7 +155,7 @@ def test_a_batch_keeps_away_from_the_trials_at_work(observed):
 
 
 def test_a_climb_finds_what_brute_force_finds():
-    space = Space(a=Int(0, 19), b=Choice(*"vwxyz"), c=Int(1, 400, log=True), d=Float(0, 1, step=0.25))
+    space = Space(a=Int(0, 19), b=Choice(*"vwxyz"), c=Int(1, 80, log=True), d=Float(0, 1, step=0.25))
     rng = np.random.default_rng(5)
     slopes = rng.normal(size=(4, 5))
     cube = Cube(space)
@@ -167,9 +167,9 @@ def test_a_climb_finds_what_brute_force_finds():
     order = np.argsort(-score(every))
     found = maximised(cube, score, every[:2], rng)
     assert found is not None
-    # 200,000 points, of which about 2,000 are looked at.
-    assert score(found[None])[0] >= score(every[order[5:6]])[0]
-    assert maximised(cube, score, every[:2], np.random.default_rng(0), {key(p) for p in every}) is None
+    # 40,000 points, of which about 2,000 are looked at.
+    assert score(found[None])[0] >= score(every[order[1:2]])[0]
+    assert maximised(cube, score, every[:2], np.random.default_rng(0), keys(every)) is None
 
 
 def test_a_climb_in_a_continuous_space_is_fine():
