@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from metahpo.checks import check_choice, check_type
 from metahpo.errors import NetArgumentError, NetError
+from metahpo.functional import Params
 from metahpo.functional.copies import unwrapped
 from metahpo.functional.surgery import is_called, like, with_layers
 from metahpo.learners.base import Adapted
@@ -66,8 +67,8 @@ class WarpMAML(MAML):
             )
         if head is not None:
             check_choice(self, "head", head, layers, error=NetArgumentError)
-        head, self._looked = head or layers[-1], False
-        super().__init__(with_layers(net, [name for name in layers if name != head], _warp), **options)
+        last, self._looked = head or layers[-1], head is not None
+        super().__init__(with_layers(net, [name for name in layers if name != last], _warp), **options)
 
     def look_at(self, x: Tensor) -> None:
         if self._looked:
@@ -84,6 +85,15 @@ class WarpMAML(MAML):
     def adapt(self, support_x: Tensor, support_y: Tensor, phase: Phase) -> Adapted:
         self.look_at(support_x)
         return super().adapt(support_x, support_y, phase)
+
+    def current_state(self, state: Params) -> Params:
+        """In the version before Conv2d and Linear layers alone had warp layers; the others are still the identity."""
+        missing = {}
+        for name, module in self.named_modules():
+            layer = self.get_submodule(name.rpartition(".")[0])
+            if isinstance(module, Warp) and not isinstance(layer, (nn.Conv2d, nn.Linear)):
+                missing[f"{name}.weight"] = module.weight.detach()
+        return {**missing, **super().current_state(state)}
 
     def adapted_names(self) -> list[str]:
         warps = {name for name, module in self.module.net.named_modules() if isinstance(module, Warp)}

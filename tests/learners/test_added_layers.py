@@ -143,6 +143,10 @@ def test_a_warp_after_a_convolution(dims, tasks):
         return F.linear(torch.tanh(x).flatten(2).mean(2), params["head.weight"], params["head.bias"])
 
     check(learner, function, dict(learner.initial(TRAINING).params), tasks.select(0))
+    # The version before had none here.
+    fresh = WarpMAML(net)
+    fresh.load_state_dict({n: p for n, p in WarpMAML(net).state_dict().items() if "body.1." not in n})
+    torch.testing.assert_close(fresh.module.net(tasks.support_x[0]), net(tasks.support_x[0]))
 
 
 def test_cavia_scales_the_features_of_sequences(tasks):

@@ -259,7 +259,6 @@ def test_a_head_that_cannot_be_found_is_asked_for(tasks):
 
 def test_the_head_by_name(tasks):
     net, _ = built("two heads")
-    net.run = lambda net, x: net.other(net.body(x)).sum() * 0 + plain(net, x)  # The net's own is called last still.
     learner = ANIL(net, head="body", inner_lr=0.25, steps=2)
     expected = adapted(net, {id(p) for p in net.body.parameters()}, tasks.select(0))
     torch.testing.assert_close(learner.meta_loss(tasks.select(0), TRAINING)[0], expected)
@@ -275,16 +274,17 @@ def test_a_look_at_the_net_leaves_no_trace(tasks):
     net = body_and_head(run)
     net.calls = 0
     learner = ANIL(net.double())
-    state, buffers = torch.get_rng_state(), learner.state_dict()
+    state = torch.get_rng_state()
     learner.look_at(tasks.support_x[0])
     assert learner.head == "head" and learner.module.net.calls == 0
-    assert torch.equal(state, torch.get_rng_state()) and buffers.keys() == learner.state_dict().keys()
+    assert torch.equal(state, torch.get_rng_state())
 
 
 def test_warps_are_not_put_after_the_layer_that_runs_last(tasks):
     net, _ = built("first")
     with pytest.raises(NetArgumentError, match=r"WarpMAML: head: 'head' is the last layer .* give head='head'"):
         WarpMAML(net).meta_loss(tasks.select(0), TRAINING)
+    WarpMAML(net, head="body").meta_loss(tasks.select(0), TRAINING)
     learner = WarpMAML(net, head="head")
     learner.meta_loss(tasks.select(0), TRAINING)
     assert [n for n in learner.outer_params() if n not in MAML(net).outer_params()][:1] == ["module.net.body.1.weight"]
