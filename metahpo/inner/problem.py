@@ -121,6 +121,8 @@ def _init(rule: UpdateRule, own: Params, params: Params) -> RuleState:
 
 def constants(tree: Any) -> Any:
     """The same tree of tensors cut from its graph."""
+    if type(tree) is dict and all(isinstance(value, Tensor) for value in tree.values()):
+        return {name: value.detach() for name, value in tree.items()}  # Several times faster.
     return tree_map_only(Tensor, torch.detach, tree)
 
 
