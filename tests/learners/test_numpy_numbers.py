@@ -58,7 +58,7 @@ def test_numpy_numbers_give_the_same_outer_gradient(name):
         (lambda: MAML(nn.Linear(4, 3), inner_lr=float("nan")), "MAML: inner_lr should be a number of.*found nan"),
         (lambda: MAML(nn.Linear(4, 3), steps=2.5), "MAML: steps should be a whole number of at least 1, found 2.5"),
         (lambda: SGD("fast"), "SGD: lr should be a .*number.*, found 'fast'"),
-        (lambda: LevenbergMarquardt(None, None, up="x"), "LevenbergMarquardt: up should be a"),
+        (lambda: LevenbergMarquardt(print, print, up="x"), "LevenbergMarquardt: up should be a"),
         (lambda: Improvements(per_step_affine="no"), "Improvements: per_step_affine should be True or False"),
         (lambda: Every(True), "Every: k should be a whole number of at least 1, found True"),
     ],
