@@ -30,7 +30,7 @@ EXPLANATION = (
 SAME = (
     "This learner predicts each query independently of the others, so transductive and inductive accuracy are the same."
 )
-NOT_ALONE = "This learner's prediction of a query depends on the other queries, so it has no inductive accuracy."
+NOT_ALONE = "There is no inductive accuracy: the learner gives no predictions of each query alone."
 LOSS_CURVE = (
     " The training loss is the outer loop's own objective: with a multi-step loss, the weighted sum over the inner "
     "steps."

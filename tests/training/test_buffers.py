@@ -240,6 +240,22 @@ def test_the_ranks_of_a_run_agree_on_the_last_tasks_state(monkeypatch):
         torch.testing.assert_close(found["b"], values[1]["b"])
 
 
+class Counting(nn.BatchNorm1d):
+    def __init__(self):
+        super().__init__(4)
+        self.calls = 0
+
+    def forward(self, x):
+        self.calls = self.calls + 1
+        return super().forward(x) / self.calls
+
+
+def test_a_batch_norm_whose_forward_counts_is_refused_where_the_order_is_not_kept():
+    learner = MAML(flat(Counting()).double(), steps=1, loss=squares).double()
+    with pytest.raises(NetError, match="'calls' of module '1' changes from call to call"):
+        Threads().meta_gradient(learner, tasks(), Phase(training=True))
+
+
 class Growing(nn.Linear):
     def __init__(self):
         super().__init__(4, 3)

@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from metahpo import torchrun
 from metahpo.functional import Params
+from metahpo.functional.buffers import copied_buffers
 from metahpo.inner.randomness import python_draws_kept
 from metahpo.learners.base import MetaLearner, Metrics
 from metahpo.learners.phase import Phase
@@ -57,7 +58,8 @@ class Auto:
             if kind not in self.chosen:
                 # Trials draw random numbers (dropout) that the run itself is still to draw.
                 devices = [tasks.query_x.device] if tasks.query_x.is_cuda else []
-                with torch.random.fork_rng(devices=devices), python_draws_kept():
+                # They may write into buffers, too.
+                with torch.random.fork_rng(devices=devices), python_draws_kept(), copied_buffers(learner):
                     self._engines[kind] = self._fastest(work, learner, tasks, phase)
                 self.chosen[kind] = self._engines[kind].name
             else:

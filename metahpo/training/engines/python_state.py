@@ -14,6 +14,8 @@ from metahpo.inner.randomness import python_draws
 
 _KINDS = (bool, int, float, complex, str, bytes, tuple, list, dict, set, type(None), types.FunctionType, type)
 _INTERNAL = {*vars(nn.Module())}
+# What FunctionalModule sets in a batch norm before a call.
+_OF_A_CALL = {"step", "inductive", "frozen_statistics"}
 
 
 class PythonState:
@@ -25,9 +27,10 @@ class PythonState:
     def __init__(self, learner: nn.Module):
         self._kept: list[tuple[str, dict[str, Any], list[str], Callable[[Any], Any], tuple[Any, ...]]] = []
         for name, module in learner.named_modules():
-            if isinstance(module, (FunctionalModule, PerStepBatchNorm)):
+            if isinstance(module, FunctionalModule):
                 continue
-            values = {k: v for k, v in vars(module).items() if k not in _INTERNAL and isinstance(v, _KINDS)}
+            skipped = _INTERNAL | _OF_A_CALL if isinstance(module, PerStepBatchNorm) else _INTERNAL
+            values = {k: v for k, v in vars(module).items() if k not in skipped and isinstance(v, _KINDS)}
             if values:
                 # Twice, as itemgetter gives a tuple for two and more.
                 names = [*values, next(iter(values))]
