@@ -78,7 +78,7 @@ def main() -> int:
 def parse() -> argparse.Namespace:
     names = list(Scale().searchers())
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="1 seed, 6 trainings of 4 epochs, to see that all works")
+    parser.add_argument("--quick", action="store_true", help="1 seed, 4 trainings of 4 epochs, to see that all works")
     parser.add_argument("--seeds", type=positive, help="default: 5; with --quick: 1")
     parser.add_argument("--searcher", action="append", choices=names[1:], help="beside random; may be repeated")
     parser.add_argument("--workers", type=positive, default=1, help="searches at a time, each on one thread")

@@ -7,9 +7,12 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from sqlite3 import dbapi2
+from typing import Any
 
 import pytest
 import torch
@@ -41,8 +44,18 @@ def _seeded():
 @pytest.fixture(autouse=True, scope="session")
 def _no_waiting_for_the_disk():
     """What is written need not survive a fall of power; to sync each file is a good part of a small run's time."""
+    connect = dbapi2.connect
+
+    def unsynced(*arguments: Any, **options: Any) -> dbapi2.Connection:
+        connection = connect(*arguments, **options)
+        # What is wrong with a file is for the one who reads it to find.
+        with suppress(dbapi2.Error):
+            connection.execute("PRAGMA synchronous = OFF")
+        return connection
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", lambda descriptor: None)
+        patch.setattr(dbapi2, "connect", unsynced)
         yield
 
 
@@ -114,7 +127,10 @@ def script(monkeypatch, capsys) -> Callable[..., tuple[int, str, str]]:
         monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, arguments)])
         capsys.readouterr()
         try:
-            code = importlib.import_module(name).main()
+            module = importlib.import_module(name)
+            # A measurement of memory collects garbage first, which takes long among all that has been imported.
+            gc.freeze()
+            code = module.main()
         except SystemExit as stop:
             code = stop.code
         return code, *capsys.readouterr()

@@ -184,9 +184,9 @@ def test_learners_are_compared_and_a_run_that_is_there_is_not_run_again(tmp_path
         assert code == 0, out + err
         results.append(json.loads(figures.read_text())["rows"])
     first, second = results
+    assert first == second
     assert {row["learner"] for row in first} == {"maml", "proto_net"}
     assert all(0 <= row["accuracy"] <= 1 and row["megabytes"] > 0 for row in first)
-    assert [row["seconds"] for row in first] == [row["seconds"] for row in second]
     assert picture.stat().st_size > 0
     code, _, err = script("compare_learners", "--learner", "mamml")
     assert (code, err.count("\n")) == (2, 1)

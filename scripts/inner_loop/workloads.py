@@ -98,21 +98,26 @@ SPECS = {
     "transformer": Spec(lambda: Transformer((16, 16), 5), (16, 16), 5, 5, 15, 8, 0.01),
 }
 QUICK = {
-    "omniglot": replace(SPECS["omniglot"], net=lambda: Conv4((1, 28, 28), 5, filters=8), queries=3, tasks=2, steps=2),
-    "maml_pp": replace(SPECS["maml_pp"], net=lambda: Conv4((1, 28, 28), 20, filters=4), tasks=2, steps=2),
+    "omniglot": replace(SPECS["omniglot"], net=lambda: Conv4((1, 28, 28), 5, filters=4), queries=1, tasks=2, steps=2),
+    "maml_pp": replace(SPECS["maml_pp"], net=lambda: Conv4((1, 28, 28), 5, filters=4), ways=5, tasks=2, steps=2),
     "mini_imagenet": replace(
         SPECS["mini_imagenet"],
-        net=lambda: Conv4((3, 21, 21), 5, filters=8),
+        net=lambda: Conv4((3, 21, 21), 5, filters=4),
         shape=(3, 21, 21),
-        queries=2,
+        shots=1,
+        queries=1,
         tasks=2,
         steps=1,
     ),
     "resnet12": replace(
-        SPECS["resnet12"], net=lambda: ResNet12((3, 16, 16), 5, widths=(4, 8, 8, 16)), shape=(3, 16, 16), steps=1
+        SPECS["resnet12"],
+        net=lambda: ResNet12((3, 16, 16), 5, widths=(4, 4, 4, 8)),
+        shape=(3, 16, 16),
+        queries=1,
+        steps=1,
     ),
     "mlp": replace(SPECS["mlp"], tasks=4, steps=2),
-    "transformer": replace(SPECS["transformer"], shots=1, queries=3, tasks=2, steps=2),
+    "transformer": replace(SPECS["transformer"], shots=1, queries=1, tasks=2, steps=1),
 }
 
 

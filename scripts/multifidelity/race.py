@@ -89,7 +89,7 @@ class Scale:
         }
 
 
-QUICK = Scale(epochs=4, trainings=6, share=2 / 3, eta=2, iterations=1, val_tasks=8, test_tasks=8)
+QUICK = Scale(epochs=4, trainings=4, share=2 / 3, eta=2, iterations=1, val_tasks=8, test_tasks=8)
 
 
 def path(folder: Path, name: str, seed: int) -> Path:
