@@ -14,10 +14,12 @@ from torch.overrides import TorchFunctionMode
 from metahpo.errors import NetError, one_line
 from metahpo.functional.levels import levels
 from metahpo.functional.trees import Params
+from metahpo.functional.turns import TURN
 
 M = TypeVar("M", bound=nn.Module)
 
 
+@TURN
 def copied(module: M, memo: dict[int, Any] | None = None) -> M:
     """A deep copy, without what ``torch.compile``, DataParallel and DDP wrap around it or its parts.
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 import sys
-import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -16,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from metahpo.errors import NetError
 from metahpo.functional.levels import levels
+from metahpo.functional.turns import TURN
 
 
 class Unrepeatable(NetError):
@@ -43,7 +43,7 @@ class Draws:
                 yield
             return
         # The generators are one for all threads: another may draw between this one's draws.
-        alone = threading.current_thread() is threading.main_thread()
+        alone = not TURN.helping
         before, python = self._read(), python_draws() if alone else None
         yield
         now = self._read()
@@ -185,6 +185,21 @@ def _being_recorded() -> bool:
     """Whether the operations run now become a record (``make_fx``)."""
     modes = torch._C._TorchDispatchModeKey  # pyright: ignore[reportAttributeAccessIssue]
     return torch._C._get_dispatch_mode(modes.PROXY) is not None  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def draws(function: Callable[[], Any]) -> bool:
+    """Whether ``function``, called once, draws from torch's generators; others do not count."""
+    with _Draws() as mode:
+        function()
+    return mode.seen
+
+
+class _Draws(TorchDispatchMode):
+    seen = False
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.seen |= torch.Tag.nondeterministic_seeded in func.tags
+        return func(*args, **(kwargs or {}))
 
 
 class _NoDraws(TorchDispatchMode):

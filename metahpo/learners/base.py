@@ -14,6 +14,7 @@ from metahpo.checks import KnownKeywords, check_callable
 from metahpo.errors import NetArgumentError, NetError
 from metahpo.functional import FunctionalModule, Params
 from metahpo.functional.surgery import current_names
+from metahpo.functional.turns import TURN
 from metahpo.learners.accuracy import accuracy
 from metahpo.learners.phase import Phase
 from metahpo.tasks.task import Task
@@ -42,13 +43,19 @@ class MetaLearner(KnownKeywords, nn.Module):
 
     A subclass writes ``adapt`` and ``predict``, as pure functions of the learner's parameters and their arguments:
     nothing is kept on ``self`` and nothing is written in place, so that the same code runs in a loop and under
-    ``torch.func.vmap``.
+    ``torch.func.vmap``. Threads that call the methods of learners take turns: one may be used while it is trained.
 
     loss: (outputs [N, ...], targets [N, ...]) -> scalar. Cross entropy is right for class labels, mean squared error
     for regression.
     """
 
     keyword_error = NetArgumentError
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        for name in ("adapt", "predict", "meta_loss", "outputs", "evaluate", "look_at", "fitted"):
+            if name in vars(cls):
+                setattr(cls, name, TURN(vars(cls)[name]))
 
     # Whether the means of several learners' outputs are outputs too, those of an ensemble.
     averages = True
@@ -75,6 +82,7 @@ class MetaLearner(KnownKeywords, nn.Module):
         """How to run in training epoch ``epoch`` (from 0)."""
         return Phase(training=True)
 
+    @TURN
     def meta_loss(self, task: Task, phase: Phase) -> tuple[Tensor, Metrics]:
         """The outer loss of one task, and metrics: scalars by name, and under "buffers" new buffers by name."""
         adapted = self.adapt(task.support_x, task.support_y, phase)
@@ -82,6 +90,7 @@ class MetaLearner(KnownKeywords, nn.Module):
         metrics = {**self.measure(outputs, task.query_y), "buffers": self.changed(adapted.buffers)}
         return self.loss(outputs, task.query_y), metrics
 
+    @TURN
     def outputs(self, task: Task, phase: Phase) -> dict[str, Tensor]:
         """The outputs [N, ...] for a task's query set, by kind.
 
@@ -108,6 +117,7 @@ class MetaLearner(KnownKeywords, nn.Module):
                 metrics[f"{name}{suffix}"] = value
         return metrics
 
+    @TURN
     def evaluate(self, task: Task, phase: Phase) -> tuple[Metrics, dict[str, Tensor]]:
         """One task's metrics and outputs."""
         outputs = self.outputs(task, phase)
@@ -127,6 +137,12 @@ class MetaLearner(KnownKeywords, nn.Module):
         """A state dict of this or the version before by the names of this one."""
         return current_names(self, state)
 
+    @TURN
+    def state_dict(self, *args: Any, **options: Any) -> dict[str, Any]:
+        """As torch's."""
+        return super().state_dict(*args, **options)
+
+    @TURN
     def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **options: Any) -> Any:
         """As torch's; a state dict of the version before is taken too."""
         return super().load_state_dict(self.current_state(dict(state_dict)), *args, **options)
@@ -153,6 +169,7 @@ class MetaLearner(KnownKeywords, nn.Module):
         own = cast(FunctionalModule, self.module).buffers_by_name() if buffers else {}
         return {f"module.net.{name}": b.detach() for name, b in buffers.items() if b is not own[name]}
 
+    @TURN
     @torch.no_grad()
     def update_buffers(self, buffers: Params) -> None:
         """Takes over new values of buffers, by dotted name. Raises NetError for one that changed its shape."""

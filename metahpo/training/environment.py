@@ -13,17 +13,18 @@ import torch
 from tqdm import tqdm
 
 from metahpo import __version__, torchrun
+from metahpo.functional.turns import TURN
 from metahpo.inner.randomness import python_draws_kept
 
 
 @contextmanager
 def seeded(*numbers: int, device: torch.device | None = None) -> Iterator[None]:
     """Inside it the generators of torch (CPU's and ``device``'s), ``random`` and ``numpy.random`` are seeded from
-    ``numbers``; outside they are as before."""
+    ``numbers``; outside they are as before. Threads that seed take turns, as the generators are one for all."""
     digest = hashlib.sha256(",".join(map(str, numbers)).encode()).digest()
     seed = int.from_bytes(digest[:7], "big")
     devices = [device] if device is not None and device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices), python_draws_kept():
+    with TURN, torch.random.fork_rng(devices=devices), python_draws_kept():
         torch.random.default_generator.manual_seed(seed)
         random.seed(seed)
         if numpy := sys.modules.get("numpy"):

@@ -15,13 +15,14 @@ import torch
 from metahpo.checks import check_callable, check_type, check_whole
 from metahpo.errors import CheckpointError, ConfigArgumentError, NetArgumentError, NonFiniteError, one_line, shown
 from metahpo.functional.buffers import whole_state
+from metahpo.functional.turns import TURN
 from metahpo.learners.base import MetaLearner
 from metahpo.learners.phase import Phase
 from metahpo.runs.files import write_json
 from metahpo.tasks.task import Task, TaskSource
 from metahpo.training.checkpoint import CheckpointStore, State, load_learner
 from metahpo.training.distributed import current
-from metahpo.training.engines import ENGINES, Auto, check_engine, check_gradient
+from metahpo.training.engines import ENGINES, Auto, MetaGradient, check_engine, check_gradient
 from metahpo.training.environment import intra_op_threads, progress, seeded, versions
 from metahpo.training.evaluation import check_parts, evaluate
 from metahpo.training.finite import FiniteCheck
@@ -254,6 +255,10 @@ class Trainer:
             self._first = False
         result, signals = self.ranks.mean(result, numbers, signum)
         self._refuse(self._finite.add(self.epoch + 1, self.iteration + 1, numbers, result, signals))
+        with TURN:
+            self._update(result)
+
+    def _update(self, result: MetaGradient) -> None:
         params = self.learner.outer_params()
         self._freed.add_to(self.optimizer, params)
         for name, param in params.items():

@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from metahpo.errors import MetaHPOError, one_line
 from metahpo.functional import FunctionalModule, Params
+from metahpo.functional.turns import TURN
 from metahpo.inner.randomness import Unrepeatable
 from metahpo.learners.base import MetaLearner, Metrics
 from metahpo.learners.phase import Phase
@@ -48,6 +49,7 @@ class Trace:
         self._records: dict[Any, Record | None] = {}
         self._shapes: dict[Any, Any] = {}
 
+    @TURN
     def meta_gradient(self, learner: MetaLearner, tasks: Task, phase: Phase) -> MetaGradient:
         prepare(learner, tasks, phase)
         if self._learner() is not learner:

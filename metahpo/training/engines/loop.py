@@ -11,6 +11,7 @@ from torch import Tensor
 from metahpo.functional.buffers import copied_buffers
 from metahpo.functional.second_order import check_graph, second_derivatives
 from metahpo.functional.trees import Params, stack_trees
+from metahpo.functional.turns import TURN
 from metahpo.learners.base import MetaLearner, Metrics
 from metahpo.learners.phase import Phase
 from metahpo.tasks.task import Task
@@ -25,6 +26,7 @@ class Loop:
     def __init__(self) -> None:
         self._checked: Callable[[], MetaLearner | None] = lambda: None
 
+    @TURN
     def meta_gradient(self, learner: MetaLearner, tasks: Task, phase: Phase) -> MetaGradient:
         prepare(learner, tasks, phase)
         params = learner.outer_params()
@@ -46,6 +48,7 @@ class Loop:
         unused = tuple(name for name in params if name not in used)
         return MetaGradient(stacked.mean(), dict(zip(params, total or ())), mean_metrics(rows), stacked, unused)
 
+    @TURN
     @torch.no_grad()
     def evaluate(self, learner: MetaLearner, tasks: Task, phase: Phase) -> tuple[Metrics, Params]:
         prepare(learner, tasks, phase)

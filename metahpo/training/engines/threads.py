@@ -20,6 +20,8 @@ from metahpo.functional.buffers import copied_buffers
 from metahpo.functional.copies import copied
 from metahpo.functional.second_order import check_graph, second_derivatives
 from metahpo.functional.trees import stack_trees
+from metahpo.functional.turns import TURN
+from metahpo.inner.randomness import draws
 from metahpo.learners.base import MetaLearner, Metrics
 from metahpo.learners.phase import Phase
 from metahpo.native import conv_taps
@@ -48,8 +50,9 @@ class Threads:
 
     def _start(self) -> None:
         self._process = os.getpid()
-        self._pool = ThreadPoolExecutor(self.workers, "metahpo", initializer=torch.set_num_threads, initargs=(1,))
+        self._pool = ThreadPoolExecutor(self.workers, "metahpo", initializer=_begin)
 
+    @TURN
     def meta_gradient(self, learner: MetaLearner, tasks: Task, phase: Phase) -> MetaGradient:
         prepare(learner, tasks, phase)
         count = tasks.query_x.shape[0]
@@ -75,6 +78,7 @@ class Threads:
         unused = tuple(name for name in found if not any(name in names for names in used))
         return MetaGradient(stacked.mean(), found, mean_metrics(rows), stacked, unused)
 
+    @TURN
     def evaluate(self, learner: MetaLearner, tasks: Task, phase: Phase) -> tuple[Metrics, Params]:
         def one(learner: MetaLearner, index: int) -> tuple[Metrics, Params]:
             with torch.no_grad(), copied_buffers(learner):
@@ -105,7 +109,9 @@ class Threads:
 
         with _no_collection():
             results = list(self._pool.map(run, range(count)))
-        if not torch.equal(drawn, torch.get_rng_state()):
+        # A thread of the user's may have drawn meanwhile, so it is looked who did.
+        moved = not torch.equal(drawn, torch.get_rng_state())
+        if moved and any(self._pool.map(lambda index: draws(lambda: run(index)), range(count))):
             raise NetError(
                 f"engine threads cannot run {_drawing(learner)}: it draws random numbers, and which task got which "
                 "would differ from run to run; choose vmap or loop"
@@ -123,6 +129,12 @@ class Threads:
         if drew or changed:
             what = "the learner draws from random or numpy.random" if drew else f"{changed} changes from call to call"
             raise NetError(f"engine threads cannot keep in order what Python keeps: {what}; choose vmap or loop")
+
+
+def _begin() -> None:
+    """Begins a thread of an engine."""
+    torch.set_num_threads(1)
+    TURN.help()
 
 
 def _drawing(learner: MetaLearner) -> str:

@@ -14,6 +14,7 @@ from metahpo.errors import NetError
 from metahpo.functional.buffers import copied_buffers
 from metahpo.functional.swap import call_with
 from metahpo.functional.trees import Params, map_tree
+from metahpo.functional.turns import TURN
 from metahpo.learners.base import MetaLearner, Metrics
 from metahpo.learners.phase import Phase
 from metahpo.tasks.task import Task
@@ -31,6 +32,7 @@ class VMap:
     def __init__(self) -> None:
         self.unused = Unused()
 
+    @TURN
     def meta_gradient(self, learner: MetaLearner, tasks: Task, phase: Phase) -> MetaGradient:
         prepare(learner, tasks, phase)
         # Detached: nothing outside of vmap is to be recorded for a second gradient.
@@ -44,6 +46,7 @@ class VMap:
             raise
         return self.unused.told(result, learner, tasks, phase)
 
+    @TURN
     @torch.no_grad()
     def evaluate(self, learner: MetaLearner, tasks: Task, phase: Phase) -> tuple[Metrics, Params]:
         prepare(learner, tasks, phase)
