@@ -25,7 +25,7 @@ from metahpo.training.metrics import CsvLog
 from metahpo.training.settings import TrainingSettings
 from metahpo.training.trainer import Trainer
 
-SHORT = TrainingSettings(epochs=2, iterations=2, tasks=2, val_tasks=3, device="cpu")
+SHORT = TrainingSettings(epochs=2, iterations=2, tasks=2, val_tasks=3, device="cpu", engine="loop")
 
 
 class Mean(MetaLearner):
