@@ -21,6 +21,7 @@ from metahpo.functional.conv_choice import batched_convolutions
 from metahpo.functional.formulas import ByFormula
 from metahpo.functional.fused import fuse
 from metahpo.functional.kernels import is_recurrent, twice_differentiable
+from metahpo.functional.lending import Lender
 from metahpo.functional.strays import refuse_strays
 from metahpo.functional.swap import call_with
 from metahpo.functional.trees import Params
@@ -148,6 +149,7 @@ class FunctionalModule(nn.Module):
         watch = self.seen.calls[kind] < 2 and sys.getprofile() is None and not torch.compiler.is_compiling()
         formulas = ByFormula() if watch or self.seen.by_formula else nullcontext()
         weights = [*params.values(), *self._weights]
+        inputs, check_inputs = self.seen.lender(type(self.net).__name__, kind).lend(inputs)
         before = versions(weights)
         with (
             formulas,
@@ -161,6 +163,7 @@ class FunctionalModule(nn.Module):
         ):
             output = self._call(state, inputs)
             outputs.append(output)
+        check_inputs()
         if before != versions(weights):
             raise later_write(self.net, params, before)
         if watch and not kind[1]:
@@ -207,11 +210,19 @@ def _without_graph(leaf: object) -> object:
 class Seen:
     """What the first calls of a net showed; the copies of an engine's threads have it in common.
 
-    calls: those looked at, by kind and thread; by_formula: whether ``ByFormula`` has to be entered.
+    calls: those looked at, by kind and thread; lenders: of the inputs, by kind and thread; by_formula: whether
+    ``ByFormula`` has to be entered.
     """
 
     calls: Counter[tuple[bool, bool, int]] = field(default_factory=Counter)
     by_formula: bool = False
+    lenders: dict[tuple[bool, bool, int], Lender] = field(default_factory=dict)
+
+    def lender(self, net: str, kind: tuple[bool, bool, int]) -> Lender:
+        """What lends the net its inputs in calls of this kind."""
+        if kind not in self.lenders:
+            self.lenders[kind] = Lender(net)
+        return self.lenders[kind]
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 from metahpo.errors import HypergradientError, NetError, NonFiniteError, did_you_mean
 from metahpo.functional.formulas import ByFormula
+from metahpo.functional.lending import kept
 from metahpo.functional.second_order import check_graph, second_derivatives
 from metahpo.functional.swap import call_with
 from metahpo.functional.trees import Params
@@ -82,6 +83,11 @@ class Strategy(Protocol):
 def leaves(hparams: Mapping[str, Tensor]) -> Params:
     """The hyperparameters as the start of a graph of their own."""
     return {name: h.detach().requires_grad_() for name, h in hparams.items()}
+
+
+def collected(batches: Iterable[Any]) -> list[Any]:
+    """All batches, as they were when each was given: a loader may fill the same memory again."""
+    return list(batches) if isinstance(batches, (list, tuple)) else [kept(batch) for batch in batches]
 
 
 def outer_value(outer_loss: OuterLoss, params: Params, hparams: Params, carry: Any) -> Tensor:

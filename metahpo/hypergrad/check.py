@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from metahpo.functional.trees import Params
-from metahpo.hypergrad.base import Hypergradient, OuterLoss, Strategy
+from metahpo.hypergrad.base import Hypergradient, OuterLoss, Strategy, collected
 from metahpo.hypergrad.measure import measured
 from metahpo.hypergrad.unroll import Unroll
 from metahpo.inner.gradient import Reverse
@@ -59,7 +59,7 @@ def check_hypergradient(
     reference: Strategy = Unroll(Reverse()),
 ) -> Comparison:
     """Runs both from the same start and compares. Each runs on one batch first, which is not counted."""
-    batches = list(batches)
+    batches = collected(batches)
     device = next(iter(params.values())).device
     rows = []
     for each in (strategy, reference):

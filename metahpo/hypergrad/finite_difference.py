@@ -17,6 +17,7 @@ from metahpo.hypergrad.base import (
     InnerState,
     OuterLoss,
     check_inputs,
+    collected,
     finished,
     leaves,
     outer_value,
@@ -68,7 +69,7 @@ class FiniteDifference:
                 f"FiniteDifference: {type(rule).__name__} computes with the loss itself, not its gradient alone; "
                 "choose Unroll(truncate=1)"
             )
-        batches = list(batches)
+        batches = collected(batches)
         warnings = check_inputs(problem, rule, outer_loss, params, hparams, batches, state)
         state, hparams = state or InnerState(None, 0), constants(hparams)
         with torch.no_grad():

@@ -17,6 +17,7 @@ from metahpo.hypergrad.base import (
     InnerState,
     OuterLoss,
     check_inputs,
+    collected,
     finished,
     leaves,
     outer_value,
@@ -69,7 +70,7 @@ class Forward:
         batches: Iterable[Any],
         state: InnerState | None = None,
     ) -> Hypergradient:
-        batches = list(batches)
+        batches = collected(batches)
         warnings = check_inputs(problem, rule, outer_loss, params, hparams, batches, state)
         new, state = state is None, state or InnerState(None, 0)
         params, hparams, losses = constants(params), constants(hparams), Losses()

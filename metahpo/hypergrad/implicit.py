@@ -18,6 +18,7 @@ from metahpo.hypergrad.base import (
     InnerState,
     OuterLoss,
     check_inputs,
+    collected,
     finished,
     leaves,
     outer_value,
@@ -73,7 +74,7 @@ class Implicit:
         batches: Iterable[Any],
         state: InnerState | None = None,
     ) -> Hypergradient:
-        batches = list(batches)
+        batches = collected(batches)
         warnings = check_inputs(problem, rule, outer_loss, params, hparams, batches, state)
         new, state = state is None, state or InnerState(None, 0)
         params, losses, last = constants(params), [], batches[-self.batches :]
@@ -106,7 +107,7 @@ class Implicit:
         taken, memory)``. In the result ``losses`` is empty. What ``hparams`` and the losses are is checked where
         ``state`` is None.
         """
-        batches = list(batches)
+        batches = collected(batches)
         if rule is None:
             if self.solver.system == "map":
                 raise HypergradientError(f"{type(self.solver).__name__} needs the rule, found None")

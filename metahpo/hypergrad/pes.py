@@ -21,6 +21,7 @@ from metahpo.hypergrad.base import (
     InnerState,
     OuterLoss,
     check_inputs,
+    collected,
     finished,
     outer_value,
 )
@@ -100,7 +101,7 @@ class PES:
         batches: Iterable[Any],
         state: InnerState | None = None,
     ) -> Hypergradient:
-        batches = list(batches)
+        batches = collected(batches)
         warnings = check_inputs(problem, rule, outer_loss, params, hparams, batches, state)
         params, hparams = constants(params), constants(hparams)
         first = state.step if state else 0

@@ -16,6 +16,7 @@ from metahpo.hypergrad.base import (
     InnerState,
     OuterLoss,
     check_inputs,
+    collected,
     finished,
     leaves,
     outer_value,
@@ -65,7 +66,7 @@ class Unroll:
         batches: Iterable[Any],
         state: InnerState | None = None,
     ) -> Hypergradient:
-        batches = list(batches)
+        batches = collected(batches)
         warnings = check_inputs(problem, rule, outer_loss, params, hparams, batches, state)
         new, state = state is None, state or InnerState(None, 0)
         before = max(len(batches) - self.truncate, 0) if self.truncate else 0

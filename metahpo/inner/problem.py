@@ -11,6 +11,7 @@ from torch.utils._pytree import tree_map_only
 
 from metahpo.errors import HypergradientError, did_you_mean
 from metahpo.functional.formulas import by_formula
+from metahpo.functional.lending import Lent
 from metahpo.functional.swap import call_with
 from metahpo.functional.trees import Params
 from metahpo.inner.gradient import InnerGradient, Reverse
@@ -49,7 +50,7 @@ class InnerProblem:
     """
 
     def __init__(self, loss: Callable[..., Any], carry: Any = None):
-        self.loss, self.carry = by_formula(loss), constants(carry)
+        self.loss, self.carry = Lent(by_formula(loss), 2, "the inner loss"), constants(carry)
 
     def value(self, params: Params, hparams: Params, batch: Any, carry: Any) -> tuple[Tensor, Any]:
         """(the loss, the new carry)."""

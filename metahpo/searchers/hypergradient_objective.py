@@ -89,7 +89,7 @@ class HypergradientObjective:
                 # Of a training at the edge of chaos the score may be finite where its gradient is not.
                 pass
         with torch.no_grad():
-            return Outcome(float(self.loss(self.fitted(settings)(self.val.x), self.val.y)))
+            return Outcome(float(self.loss(self.fitted(settings)(self.val.x.clone()), self.val.y.clone())))
 
     def fitted(self, settings: Mapping[str, float]) -> nn.Module:
         """The net after the training with these settings, in evaluation mode."""
@@ -121,7 +121,7 @@ class HypergradientObjective:
 
         def outer(params: Params, hparams: Params, buffers: Params) -> Tensor:
             outputs, _ = self.module.apply_with(params, buffers, self.val.x, training=False)
-            return self.loss(outputs, self.val.y)
+            return self.loss(outputs, self.val.y.clone())
 
         problem = InnerProblem(inner, self.module.buffers_by_name())
         with seeded(self.seed, device=self.val.x.device):

@@ -20,7 +20,7 @@ from metahpo.training.alone import without_false_inductive
 from metahpo.training.distributed import current
 from metahpo.training.engines import ENGINES, Engine
 from metahpo.training.environment import intra_op_threads, progress, seeded
-from metahpo.training.first_batch import check_batch, check_outputs, explained
+from metahpo.training.first_batch import check_batch, check_outputs, check_reaches, explained
 from metahpo.training.precision import precision
 from metahpo.training.prefetch import batches_of
 from metahpo.training.settings import TrainingSettings
@@ -55,6 +55,7 @@ def _evaluate(
     title: str,
     each: Callable[[], None],
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    check_reaches("tasks", tasks, count)
     device, size = settings.torch_device(), settings.tasks
     metrics: list[dict[str, Tensor]] = []
     outputs: list[dict[str, Tensor]] = []
@@ -64,7 +65,7 @@ def _evaluate(
     with progress(title, count) as bar, closing(batches_of(tasks, shares, device)) as batches:
         for first, (numbers, batch) in zip(starts, batches):
             if not first:
-                check_batch(tasks, batch, len(numbers))
+                check_batch(tasks, batch, numbers)
                 with seeded(settings.seed, device=device):
                     check_outputs(learner, batch, Phase())
             with (

@@ -8,7 +8,7 @@ from contextlib import contextmanager, suppress
 import torch
 from torch import Tensor
 
-from metahpo.errors import DataArgumentError, MetaHPOError, NetArgumentError, one_line
+from metahpo.errors import DataArgumentError, MetaHPOError, NetArgumentError, one_line, shown
 from metahpo.learners.base import MetaLearner
 from metahpo.learners.phase import Phase
 from metahpo.tasks.task import Task, TaskSource
@@ -18,22 +18,72 @@ def drawn(source: TaskSource, numbers: Sequence[int]) -> Task:
     """The tasks of these numbers.
 
     Raises:
-        DataArgumentError: If the source gives anything but a ``Task`` of tensors.
+        DataArgumentError: If the source gives anything but a ``Task`` of tensors, or of fewer tasks than it was asked
+            for.
     """
     tasks = source.batch(numbers)
     if not isinstance(tasks, Task) or not all(isinstance(part, Tensor) for part in tasks):
         parts = [type(part).__name__ for part in tasks] if isinstance(tasks, tuple) else []
         found = f"{type(tasks).__name__}{f' of {chr(44).join(parts)}' if parts else ''}"
         raise DataArgumentError(f"{type(source).__name__}.batch: gave {found}, expected a Task of tensors")
+    for name, part in zip(Task._fields, tasks):
+        if part.dim() and len(part) != len(numbers):
+            raise DataArgumentError(
+                f"{type(source).__name__}.batch: {name} is {list(part.shape)}, expected [{len(numbers)}, N, ...] for "
+                f"the tasks numbered {shown(list(numbers))}"
+            )
     return tasks
 
 
-def check_batch(source: object, tasks: Task, count: int) -> None:
-    """Looks at the form of a batch of tasks.
+def check_reaches(name: str, source: TaskSource, count: int) -> None:
+    """Asks a source for the last of ``count`` tasks, before the work on the first.
 
     Raises:
-        DataArgumentError: Unless it holds ``count`` tasks, each with as many inputs as targets.
+        DataArgumentError: If the source ends before it; name: of the argument.
     """
+    try:
+        source.task(count - 1)
+    except LookupError as error:
+        raise DataArgumentError(
+            f"{name}: {type(source).__name__} has no task number {count - 1} ({type(error).__name__}: "
+            f"{one_line(error, 120)}), but {count} tasks are asked for, numbered from 0"
+        ) from error
+    except Exception:
+        return  # It is met again, and said, where the task is due.
+
+
+def check_repeats(source: TaskSource, tasks: Task, numbers: Sequence[int]) -> None:
+    """Asks for a batch again, and for its first task by itself.
+
+    Raises:
+        DataArgumentError: If they differ: the source draws from a generator that goes on, or counts.
+    """
+    one = source.task(numbers[0])
+    same_form = [part.shape for part in one] == [part.shape for part in tasks.select(0)]
+    which = f"task number {numbers[0]}" if len(numbers) == 1 else f"tasks {shown(list(numbers))}"
+    for how, first, again in (("batch", tasks, drawn(source, numbers)), ("task", tasks.select(0), one)):
+        for name, part, other in zip(Task._fields, first, again):
+            if (how == "batch" or same_form) and not _alike(part.cpu(), other.cpu()):
+                raise DataArgumentError(
+                    f"{type(source).__name__}.{how}: {name} of {which} is another when it is asked for "
+                    "again, but a task should depend on the source's settings and its number alone: draw it from a "
+                    "generator seeded from these"
+                )
+
+
+def _alike(a: Tensor, b: Tensor) -> bool:
+    if a.shape != b.shape or not a.is_floating_point():
+        return torch.equal(a, b)
+    return torch.allclose(a, b.to(a.dtype), rtol=1e-3, atol=1e-6, equal_nan=True)
+
+
+def check_batch(source: TaskSource, tasks: Task, numbers: Sequence[int]) -> None:
+    """Looks at the form of a batch of tasks, and whether a source gives the first of them again.
+
+    Raises:
+        DataArgumentError: Unless it holds a task of each number, each with as many inputs as targets.
+    """
+    count = len(numbers)
     whose = f"{type(source).__name__}.batch"
     for name, part in zip(Task._fields, tasks):
         if part.dim() < 2 or len(part) != count:
@@ -46,6 +96,7 @@ def check_batch(source: object, tasks: Task, count: int) -> None:
                 f"{whose}: {kind}_x is {list(x.shape)} and {kind}_y {list(y.shape)}, expected as many of both for a "
                 "task, at least 1"
             )
+    check_repeats(source, tasks, numbers)
 
 
 def check_outputs(learner: MetaLearner, tasks: Task, phase: Phase) -> None:

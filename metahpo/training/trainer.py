@@ -26,7 +26,7 @@ from metahpo.training.engines import ENGINES, Auto, MetaGradient, check_engine, 
 from metahpo.training.environment import intra_op_threads, progress, seeded, versions
 from metahpo.training.evaluation import check_parts, evaluate
 from metahpo.training.finite import FiniteCheck
-from metahpo.training.first_batch import check_batch, check_outputs, explained
+from metahpo.training.first_batch import check_batch, check_outputs, check_reaches, explained
 from metahpo.training.interrupts import Interrupted, Interrupts
 from metahpo.training.metrics import CsvLog, Row, SumOfMetrics, best_epochs, summarise
 from metahpo.training.outer import Freed, load_optimizer, optimizer_names
@@ -135,6 +135,9 @@ class Trainer:
 
     def _fit(self, until: int, on_epoch: Callable[[Row], None] | None) -> list[Row]:
         size = self.settings.iterations
+        if self.updates < until:
+            check_reaches("train_tasks", self.train_tasks, until * self.settings.tasks)
+            check_reaches("val_tasks", self.val_tasks, self.settings.val_tasks)
         if self.run_dir and self.updates < until:
             self.run_dir.mkdir(parents=True, exist_ok=True)
             content = {**versions(self.device), "ranks": str(self.ranks.size)}
@@ -247,7 +250,7 @@ class Trainer:
                 check_engine(self.engine, self.learner, tasks, phase)
                 self._checked = True
             if self._first:
-                check_batch(self.train_tasks, tasks, len(self.ranks.share(numbers)))
+                check_batch(self.train_tasks, tasks, self.ranks.share(numbers))
                 with seeded(*seed, device=self.device):
                     check_outputs(self.learner, tasks, phase)
             with explained(self.learner, tasks) if self._first else nullcontext():

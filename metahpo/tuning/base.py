@@ -111,8 +111,9 @@ def test(net: nn.Module, loss: Callable[[Tensor, Tensor], Tensor], x: Tensor, y:
     """The net's loss in evaluation mode and, for labels, its accuracy; on all examples at once."""
     net.eval()
     with torch.no_grad():
-        output = net(x)
-        row = {"loss": float(loss(output, y))}
+        # Copies, as it is used again whatever the net or the loss writes into it.
+        output = net(x.clone())
+        row = {"loss": float(loss(output, y.clone()))}
         share = accuracy(output, y, loss)
         if share is not None and not share.isnan():
             row["accuracy"] = float(share.double())

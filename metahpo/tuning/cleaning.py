@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, SequentialSampler
+from torch.utils.data import BatchSampler, DataLoader, IterableDataset, SequentialSampler
 
 from metahpo.errors import ConfigArgumentError, DataArgumentError, DataError
 from metahpo.functional.module import FunctionalModule
@@ -21,7 +22,7 @@ from metahpo.training.environment import seeded
 from metahpo.training.metrics import Row
 from metahpo.tuning.base import Tuner, check_on_step, test
 from metahpo.tuning.cleaning_result import Cleaned
-from metahpo.tuning.data import Labelled, labelled
+from metahpo.tuning.data import Labelled, labelled, read_once
 from metahpo.tuning.initial import InitialNets, NetOrFactory
 from metahpo.tuning.network import check_fits, device_for, with_weights
 from metahpo.tuning.second_look import SecondLook, second_look
@@ -88,15 +89,14 @@ class CleaningTuner(Tuner):
     ):
         super().__init__(settings.iterations)
         self.settings = settings
-        if isinstance(dataset, DataLoader) and (
-            dataset.drop_last or not isinstance(dataset.sampler, SequentialSampler)
-        ):
-            raise DataError(
-                "dataset: found a DataLoader that shuffles or leaves examples out, so that they have no numbers; give "
-                "its dataset"
-            )
         parts = ((dataset, "dataset"), (trusted, "trusted"))
-        self.data, self.trusted = (labelled(d, what, whole=True) for d, what in parts)
+        read = partial(labelled, whole=True)
+        self.data, self.trusted = (read_once(d, what, read, settings.seed) for d, what in parts)
+        if isinstance(dataset, DataLoader) and not (_in_order(dataset) and len(self.data.x) == len(dataset.dataset)):
+            raise DataError(
+                "dataset: found a DataLoader that shuffles, draws or leaves examples out, so that they have no "
+                "numbers; give its dataset"
+            )
         for what, data in (("dataset", self.data), ("trusted", self.trusted)):
             if data.y.is_floating_point():
                 raise DataArgumentError(f"{what}: found targets of {data.y.dtype}, expected labels of classes")
@@ -240,6 +240,18 @@ class CleaningTuner(Tuner):
         self.warnings = dict.fromkeys(state["warnings"])
         self.logits.copy_(state["logits"])
         self.optimizer.load_state_dict(state["optimizer"])
+
+
+def _in_order(loader: DataLoader) -> bool:
+    """Whether it gives the examples of its dataset by their numbers, as far as its parts tell."""
+    if type(loader).__iter__ is not DataLoader.__iter__ or isinstance(loader.dataset, IterableDataset):
+        return False
+    sampler: Any = loader.sampler
+    if loader.batch_sampler is not None:
+        if type(loader.batch_sampler) is not BatchSampler or loader.batch_sampler.drop_last:
+            return False
+        sampler = loader.batch_sampler.sampler
+    return type(sampler) is SequentialSampler or (isinstance(sampler, range) and sampler == range(len(loader.dataset)))
 
 
 def _dtype(net: nn.Module) -> torch.dtype:

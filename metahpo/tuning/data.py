@@ -2,17 +2,50 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
-from torch.utils.data import DataLoader, Dataset, TensorDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 from metahpo.errors import DataArgumentError, DataError, one_line
+from metahpo.functional.lending import kept
 from metahpo.tasks.digits import digit_images
+from metahpo.training.environment import seeded
+
+Part = TypeVar("Part")
+# Keeps the numbers that reading draws apart from others.
+_READING = 77
+_LOOKS = 8
+
+
+def read_once(data: Any, what: str, read: Callable[[Any, str], Part], seed: int) -> Part:
+    """What ``read`` makes of a data set, which draws (random augmentation) by the seed alone; a warning tells if it
+    does draw, as its examples are then those of this one reading.
+
+    data: a ``Dataset`` or a ``DataLoader`` with one, or anything else.
+    """
+    with seeded(seed, _READING):
+        found = read(data, what)
+        source = data.dataset if isinstance(data, DataLoader) else data
+        counted = isinstance(source, Dataset) and hasattr(source, "__len__")
+        if counted and not isinstance(source, (TensorDataset, IterableDataset)):
+            # A few, as a flip is not drawn each time.
+            for i in range(min(_LOOKS, len(source))):  # type: ignore[arg-type]
+                pair = [map(np.asarray, tree_leaves(source[i])) for _ in range(2)]
+                if any(not np.array_equal(a, b) for a, b in zip(*pair)):
+                    warnings.warn(
+                        f"{what}: example {i} is another when it is read again (random augmentation); every example "
+                        "was read once, and is used as it then was",
+                        stacklevel=3,
+                    )
+                    break
+    return found
 
 
 class Labelled(NamedTuple):
@@ -37,7 +70,7 @@ class Examples:
 
     def __init__(self, tree: Any, what: str = "dataset"):
         if isinstance(tree, (Dataset, DataLoader)):
-            parts = list(tree if isinstance(tree, DataLoader) else DataLoader(tree, len(tree)))
+            parts = [kept(part) for part in (tree if isinstance(tree, DataLoader) else DataLoader(tree, len(tree)))]
             tree = tree_map(lambda *each: torch.cat(each), *parts)
         sizes = {len(leaf) if isinstance(leaf, Tensor) and leaf.dim() else 0 for leaf in tree_leaves(tree)}
         if len(sizes) != 1 or 0 in sizes:
@@ -68,7 +101,8 @@ def labelled(data: Any, what: str = "dataset", *, whole: bool = False) -> Labell
         if isinstance(data, TensorDataset):
             x, y = data.tensors
         elif isinstance(data, DataLoader):
-            parts = [(torch.as_tensor(x), torch.as_tensor(y)) for x, y in data]
+            # As copies, as a loader may fill the same memory again.
+            parts = [(torch.as_tensor(x).clone(), torch.as_tensor(y).clone()) for x, y in data]
             x, y = (torch.cat(each) for each in zip(*parts))
         elif isinstance(data, Dataset):
             pairs = [data[i] for i in range(len(data))]  # type: ignore[arg-type]

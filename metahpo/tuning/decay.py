@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from metahpo.checks import check_type
 from metahpo.errors import ConfigError, NetArgumentError, NetError, NonFiniteError
+from metahpo.functional.lending import Lent
 from metahpo.functional.module import FunctionalModule
 from metahpo.functional.trees import Params
 from metahpo.hypergrad.base import InnerState
@@ -21,7 +23,7 @@ from metahpo.inner.problem import InnerProblem
 from metahpo.training.environment import seeded
 from metahpo.training.metrics import Row
 from metahpo.tuning.base import Tuner, check_loss, check_on_step, test
-from metahpo.tuning.data import Examples, Labelled, labelled
+from metahpo.tuning.data import Examples, Labelled, labelled, read_once
 from metahpo.tuning.decay_result import ALL, Decay
 from metahpo.tuning.network import Loss, WholeBatch, check_fits, device_for, with_weights
 from metahpo.tuning.settings import DecaySettings
@@ -90,12 +92,12 @@ class DecayTuner(Tuner):
         self.forward, self._prefix = forward, "net." if forward else ""
         check_type(self, "net", net, nn.Module, "a torch.nn.Module", error=NetArgumentError)
         super().__init__(-(-settings.steps // settings.every))
-        self.settings, self.loss, self.device = settings, loss, device_for(net, device)
+        self.settings, self.device = settings, device_for(net, device)
+        self.loss = loss and Lent(loss, 1, "the loss")
         parts = ((train, "train"), (val, "val"))
-        if forward:
-            self.train, self.val = (_examples(d, name).to(self.device) for d, name in parts)
-        else:
-            self.train, self.val = (labelled(d, name, whole=True).to(self.device) for d, name in parts)
+        read: Callable[..., Any] = _examples if forward else partial(labelled, whole=True)
+        self.train, self.val = (read_once(d, name, read, settings.seed).to(self.device) for d, name in parts)
+        if not forward:
             check_fits(net, self.device, train=self.train, val=self.val)
         self.net = net
         self.module = FunctionalModule(WholeBatch(net, forward) if forward else net).to(self.device)
@@ -212,7 +214,8 @@ class DecayTuner(Tuner):
 
     def _trained_with(self, logs: Params) -> nn.Module:
         """The net after the training with these decays, which stay."""
-        other = DecayTuner(self.net, self.loss, self.train, self.val, self.settings, self.device, self.forward)
+        loss = self.loss and self.loss.function
+        other = DecayTuner(self.net, loss, self.train, self.val, self.settings, self.device, self.forward)
         other.logs = logs
         for other.iteration in range(self.iterations):
             s = self.settings

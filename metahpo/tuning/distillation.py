@@ -19,7 +19,7 @@ from metahpo.nets import MLP
 from metahpo.training.environment import seeded
 from metahpo.training.metrics import Row
 from metahpo.tuning.base import Tuner
-from metahpo.tuning.data import Labelled, labelled
+from metahpo.tuning.data import Labelled, labelled, read_once
 from metahpo.tuning.distillation_compare import compared
 from metahpo.tuning.distillation_settings import DistillationSettings
 from metahpo.tuning.distilled import Distilled
@@ -77,7 +77,7 @@ class DistillationTuner(Tuner):
     ):
         super().__init__(settings.iterations)
         self.settings, self.learn_images = settings, learn_images
-        data = _images(dataset, "dataset")
+        data = read_once(dataset, "dataset", _images, settings.seed)
         self.classes = _all_classes(data)
         if net is None:
             net = _default_net(data, self.classes, settings.seed)
@@ -87,7 +87,7 @@ class DistillationTuner(Tuner):
         self.data = Labelled(data.x.to(like), data.y.to(like.device))
         self.validation = None
         if validation is not None:
-            held_out = _images(validation, "validation")
+            held_out = read_once(validation, "validation", _images, settings.seed)
             self.validation = Labelled(held_out.x.to(like), held_out.y.to(like.device))
         self.labels = torch.arange(self.classes).repeat(settings.images_per_class).to(like.device)
         self.training = ImageTraining(self.net, self.labels, self._batches())

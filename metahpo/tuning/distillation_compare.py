@@ -63,7 +63,7 @@ def _scores(tuner: DistillationTuner, nets: list[nn.Module], test: Labelled) -> 
     training = tuner.training
     params: Params = training.fit(training.start(nets), tuner.hparams)
     with torch.no_grad():
-        logits = training.logits(params, test.x)
+        logits = training.logits(params, test.x.clone())
         return training.losses(params, *test), (logits.argmax(-1) == test.y).double().mean(1)
 
 
@@ -84,7 +84,7 @@ def _trained(net: nn.Module, data: Labelled, steps: int, seed: int) -> nn.Module
 
 def _score(net: nn.Module, test: Labelled) -> tuple[Tensor, Tensor]:
     with torch.no_grad():
-        logits = net(test.x)
+        logits = net(test.x.clone())
     return F.cross_entropy(logits, test.y)[None], (logits.argmax(-1) == test.y).double().mean()[None]
 
 

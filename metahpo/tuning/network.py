@@ -54,7 +54,7 @@ def check_fits(net: nn.Module, device: torch.device, **parts: Labelled) -> None:
                 )
         try:
             with torch.no_grad():
-                out = net(data.x[:2].to(device))
+                out = net(data.x[:2].clone().to(device))
         except (RuntimeError, ValueError, TypeError) as error:
             raise NetError(
                 f"{what}: {type(net).__name__} cannot take examples {list(data.x.shape[1:])}: {one_line(error)}"

@@ -25,6 +25,7 @@ from metahpo.errors import (
 )
 from metahpo.functional import FunctionalModule
 from metahpo.functional.copies import copied
+from metahpo.functional.lending import kept
 from metahpo.functional.trees import Params
 from metahpo.hypergrad import Hypergradient, Unroll
 from metahpo.inner import SGD, Adam, AdamW, ByLayer, InnerProblem, Mixed, PerTensorRule, Reverse, named_remat
@@ -248,7 +249,7 @@ class RatesTuner(Tuner):
         params = {name.removeprefix(prefix): p.detach() for name, p in module.params().items()}
 
         def outcome(params: Params, hparams: Params, buffers: Params) -> Tensor:
-            return value(params, val, buffers, False)[0]
+            return value(params, kept(val), buffers, False)[0]
 
         for attempt in itertools.count():
             values = self.values()
@@ -311,7 +312,7 @@ class RatesTuner(Tuner):
         if self.loss is not None:
             return test(net, self.loss, x, y)  # type: ignore[arg-type]
         with torch.no_grad():
-            return {"loss": float(self._loss(net.eval(), self._to(x if y is None else (x, y))))}
+            return {"loss": float(self._loss(net.eval(), self._to(kept(x if y is None else (x, y)))))}
 
     def train_with(self, rates: Rates, run: int) -> nn.Module:
         """The net trained by ``torch.optim`` for the settings' steps; run: a number that draws weights and batches."""
@@ -344,7 +345,8 @@ def take(loader: Iterable[Any], count: int, what: str) -> list[Any]:
     """The first ``count`` batches, from the start again where there are fewer; DataError if there is none."""
     found: list[Any] = []
     while len(found) < count:
-        more = list(itertools.islice(loader, count - len(found)))
+        # As copies: a loader may fill the same memory again, and a net or loss write into what it gets.
+        more = [kept(batch) for batch in itertools.islice(loader, count - len(found))]
         if not more:
             raise DataError(f"{what}: found no batch; expected a DataLoader, or a list of batches")
         found += more

@@ -168,7 +168,7 @@ def _unseen(
         net = train(examples, torch.cat([weights[among], ones]), number * FOLDS + fold)
         for rows, part, held in zip(found, (data, trusted), (~among, ~beside)):
             if bool(held.any()):
-                rows.append(net(part.x[held]).double())
+                rows.append(net(part.x[held].clone()).double())
     places = [
         torch.cat([(each == fold).nonzero()[:, 0] for fold in range(FOLDS)]) for each in folds
     ]
