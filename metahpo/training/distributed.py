@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import import_module
 from typing import Any, TypeVar
 
@@ -14,10 +15,11 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
 from metahpo import torchrun
-from metahpo.errors import MetaHPOError, RankError, one_line
+from metahpo.errors import MetaHPOError, NetError, RankError, one_line
 from metahpo.functional.buffers import is_running_average, load_whole_state, whole_state
 from metahpo.functional.trees import Params, join
 from metahpo.training.engines import MetaGradient
+from metahpo.training.metrics import filled, is_loss
 
 T = TypeVar("T")
 
@@ -31,6 +33,8 @@ class Ranks:
 
     rank: int = 0
     size: int = 1
+    # The names of the metrics that any rank has had, in an order that all agree on.
+    _metrics: list[str] = field(default_factory=list, compare=False, repr=False)
 
     @property
     def first(self) -> bool:
@@ -54,7 +58,8 @@ class Ranks:
 
     def mean(self, result: MetaGradient, numbers: range, signum: int | None) -> tuple[MetaGradient, Tensor | None]:
         """The result over the batch ``numbers`` from each rank's over its ``share``: means weighted by tasks, and
-        of buffers that are no running statistics those that the last task left.
+        of buffers that are no running statistics those that the last task left. Tensors are matched by name; a metric's
+        mean is over the ranks that have it.
 
         One collective for each dtype among the result's tensors (as a rule one) carries everything. signum: the signal
         that this rank was asked to stop by. Returns also the signals of all ranks, [size], 0 for none, on the result's
@@ -69,26 +74,42 @@ class Ranks:
         signals = result.losses.new_zeros(self.size)
         if signum:
             signals[self.rank] = signum
-        buffers = result.metrics.get("buffers", {})
+        buffers = _sorted(result.metrics.get("buffers", {}))
+        scalars = {name: m for name, m in result.metrics.items() if name != "buffers"}
         states_of = {name: b for name, b in buffers.items() if not is_running_average(name, b)}
         averages = {name: b for name, b in buffers.items() if name not in states_of}
-        leaves, spec = tree_flatten((result.loss, result.grads, {**result.metrics, "buffers": averages}))
+        leaves, spec = tree_flatten((result.loss, _sorted(result.grads), averages))
         weight = len(own) / len(numbers)
         parts = [leaf * weight if own else torch.zeros_like(leaf) for leaf in leaves]
         # Of the other buffers those of the last task's rank, as bytes, since not every type has sums.
         last = bool(own) and own[-1] == numbers[-1]
-        used = result.losses.new_tensor([bool(own) and name not in result.unused for name in result.grads])
+        used = result.losses.new_tensor([bool(own) and name not in result.unused for name in sorted(result.grads)])
         states = [b.contiguous().reshape(-1).view(torch.uint8) * last for b in states_of.values()]
-        sums = self._sums([*parts, losses, signals, used, *states])
-        means, states = sums[: len(parts)], sums[len(parts) + 3 :]
-        losses, signals, used = sums[len(parts) : len(parts) + 3]
-        loss, grads, metrics = tree_unflatten(means, spec)
-        if states_of:
-            # A copy of each, as its bytes may begin at a place where no number of its type can.
-            held = zip(states_of.items(), states)
-            metrics["buffers"] |= {n: part.clone().view(b.dtype).view(b.shape) for (n, b), part in held}
+        table = self._table(scalars, len(own), losses)
+        others = losses.new_tensor(any(name not in self._metrics for name in scalars))
+        sums = self._sums([*parts, losses, signals, used, table, others, *states])
+        means, states = sums[: len(parts)], sums[len(parts) + 5 :]
+        losses, signals, used, table, others = sums[len(parts) : len(parts) + 5]
+        loss, grads, merged = tree_unflatten(means, spec)
+        # A copy of each, as its bytes may begin at a place where no number of its type can.
+        held = zip(states_of.items(), states)
+        merged |= {n: part.clone().view(b.dtype).view(b.shape) for (n, b), part in held}
+        if bool(others):
+            self._metrics[:] = sorted({*self._metrics, *(name for names in self.each(list(scalars)) for name in names)})
+            [table] = self._sums([self._table(scalars, len(own), losses)])
+        metrics = {**dict(zip(self._metrics, table[0] / table[1])), "buffers": merged}
         unused = () if bool(used.all()) else tuple(name for name, by in zip(grads, used.tolist()) if not by)
         return MetaGradient(loss, grads, metrics, losses, unused), signals
+
+    def _table(self, metrics: dict[str, Tensor], weight: int, like: Tensor) -> Tensor:
+        """This rank's metrics times its weight, and the weights, [2, metrics]: zeros for what it does not have."""
+        none = like.new_tensor(math.nan)
+        values = [metrics.get(name, none).detach().to(like) for name in self._metrics]
+        row = torch.stack(values) if values else like[:0]
+        absent = row.isnan() & ~torch.tensor([is_loss(name) for name in self._metrics], dtype=torch.bool).to(row.device)
+        if not weight:
+            absent = torch.ones_like(absent)
+        return torch.stack([row * weight, torch.full_like(row, weight)]).masked_fill(absent, 0)
 
     @torch.no_grad()
     def _sums(self, tensors: list[Tensor]) -> list[Tensor]:
@@ -110,8 +131,8 @@ class Ranks:
         parts = self._gather((list(numbers), tensors))
         place = {number: row for row, number in enumerate(n for numbers, _ in parts for n in numbers)}
         rows = torch.tensor([place[number] for number in sorted(place)])
-        trees = [tree for _, tree in parts]
-        return {n: join(lambda values: torch.cat(values)[rows], [tree[n] for tree in trees]) for n in tensors}
+        trees = filled([tree for _, tree in parts])
+        return {n: join(lambda values: torch.cat(values)[rows], [tree[n] for tree in trees]) for n in trees[0]}
 
     # Keeping together.
 
@@ -134,8 +155,21 @@ class Ranks:
         return answer[0]
 
     def share_state(self, module: nn.Module) -> None:
-        """Gives every rank rank 0's parameters and buffers."""
+        """Gives every rank rank 0's parameters and buffers, by name.
+
+        Raises:
+            NetError: If their names, types or shapes differ.
+        """
         if self.size > 1:
+            own = {name: _form(value) for name, value in whole_state(module).items()}
+            first, *_ = self.each(own)
+            with self.agreed():
+                for name in {**first, **own}:
+                    if own.get(name) != first.get(name):
+                        raise NetError(
+                            f"{type(module).__name__}: {name!r} is {own.get(name, 'missing')} on rank {self.rank}, "
+                            f"expected {first.get(name, 'none')}, as on rank 0"
+                        )
             load_whole_state(module, self.on_first(lambda: tree_map_only(Tensor, Tensor.cpu, whole_state(module))))
 
     @contextmanager
@@ -178,6 +212,15 @@ class Ranks:
             raise
         except RuntimeError as error:
             raise RankError(f"rank {self.rank} stops: it lost another one ({one_line(error, 200)})") from error
+
+
+def _sorted(tensors: Params) -> Params:
+    """By name: ranks may have registered the layers of a net in other orders."""
+    return dict(sorted(tensors.items()))
+
+
+def _form(value: Any) -> str:
+    return f"{value.dtype} {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
 
 
 def current() -> Ranks:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from contextlib import closing, nullcontext
 from typing import Any
@@ -21,6 +20,7 @@ from metahpo.training.distributed import current
 from metahpo.training.engines import ENGINES, Engine
 from metahpo.training.environment import intra_op_threads, progress, seeded
 from metahpo.training.first_batch import check_batch, check_outputs, check_reaches, explained
+from metahpo.training.metrics import filled
 from metahpo.training.precision import precision
 from metahpo.training.prefetch import batches_of
 from metahpo.training.settings import TrainingSettings
@@ -60,6 +60,7 @@ def _evaluate(
     metrics: list[dict[str, Tensor]] = []
     outputs: list[dict[str, Tensor]] = []
     ranks, done = current(), list[int]()
+    ranks.share_state(learner)
     starts = range(0, count, size)
     shares = (ranks.share(range(first, min(first + size, count))) for first in starts)
     with progress(title, count) as bar, closing(batches_of(tasks, shares, device)) as batches:
@@ -80,7 +81,7 @@ def _evaluate(
             done += numbers
             bar.update(min(size, count - first))
             each()
-    return ranks.in_order(done, _joined(_filled(metrics))), ranks.in_order(done, _joined(outputs))
+    return ranks.in_order(done, _joined(filled(metrics))), ranks.in_order(done, _joined(outputs))
 
 
 def check_parts(owner: object, learner: Any, settings: Any, **sources: Any) -> None:
@@ -93,15 +94,6 @@ def check_parts(owner: object, learner: Any, settings: Any, **sources: Any) -> N
     for name, source in sources.items():
         if isinstance(source, type) or not isinstance(source, TaskSource):
             refuse(whose, name, source, "a TaskSource, with task(index) and batch(indices)", DataArgumentError)
-
-
-def _filled(parts: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
-    """The same names in all: NaN for tasks that do not have a metric that others have."""
-    names = dict.fromkeys(name for part in parts for name in part)
-    for part in parts:
-        for name in names.keys() - part.keys():
-            part[name] = torch.full_like(next(iter(part.values())), math.nan)
-    return [{name: part[name] for name in names} for part in parts]
 
 
 def _joined(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:

@@ -38,6 +38,15 @@ def summarise(metrics: Mapping[str, Tensor]) -> Row:
     return row
 
 
+def filled(parts: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
+    """The same names in all: NaN for tasks that do not have a metric that others have."""
+    names = dict.fromkeys(name for part in parts for name in part)
+    for part in parts:
+        for name in names.keys() - part.keys():
+            part[name] = torch.full_like(next(iter(part.values())), math.nan)
+    return [{name: part[name] for name in names} for part in parts]
+
+
 def is_loss(name: str) -> bool:
     """Whether a metric is the loss, "loss" or "loss_KIND", which is never left out."""
     return name == "loss" or name.startswith("loss_")
