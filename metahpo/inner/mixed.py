@@ -138,6 +138,10 @@ def _seeds_of(last, like: Tensor) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...
     return (one, *map(torch.zeros_like, carry)), slopes
 
 
+# Of torch's messages where a gradient is taken inside forward mode or inside torch.func.
+_OWN_GRADIENT = ("ZeroTensors are immutable", "requires_grad_()")
+
+
 @contextmanager
 def _refusals() -> Iterator[None]:
     """torch's own refusals, by name and with what to choose instead."""
@@ -149,6 +153,11 @@ def _refusals() -> Iterator[None]:
             "choose Reverse() with remat Every(1)"
         ) from error
     except RuntimeError as error:
+        if any(text in str(error) for text in _OWN_GRADIENT):
+            raise NetError(
+                f"the inner gradient Mixed cannot run a net or loss that takes a gradient itself "
+                f"({one_line(error, 100)}); choose Reverse(), with remat Every(1) for as little memory"
+            ) from error
         if "saved tensor hooks" not in str(error):
             raise
         raise NetError(

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 import threading
 from itertools import product
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.func import functional_call, grad, vmap
 
@@ -358,3 +360,30 @@ def test_what_the_graph_keeps():
         kept_bytes(Mixed(), Sqrt(), 16) < kept_bytes(Mixed(), NoRemat(), 16) < kept_bytes(Reverse(), NoRemat(), 16) / 5
     )
     assert kept_bytes(Reverse(), Sqrt(), 16) == kept_bytes(Mixed(), Sqrt(), 16)
+
+
+@pytest.mark.parametrize("gradient", FORMS)
+def test_a_loss_that_takes_a_gradient_itself_is_run_rightly_or_refused(gradient):
+    x = torch.arange(3, dtype=torch.float64)[None]
+
+    def force(params, carry, batch, step):
+        place = batch.detach().clone().requires_grad_()
+        energy = torch.tanh(F.linear(place, params["w"], params["b"])) @ params["v"]
+        (slope,) = torch.autograd.grad(energy.sum(), place, create_graph=True)
+        return slope.square().sum(), carry
+
+    def run(**options):
+        generator = torch.Generator().manual_seed(0)
+        shapes = [("w", (4, 3)), ("b", (4,)), ("v", (4, 1))]
+        start = {n: torch.randn(s, generator=generator, dtype=torch.float64) for n, s in shapes}
+        start = {n: p.requires_grad_() for n, p in start.items()}
+        end = unroll(force, SGD(0.1).double(), start, [x] * 2, **options).params
+        return torch.autograd.grad(sum(p.square().sum() for p in end.values()), list(start.values()))
+
+    torch.testing.assert_close(run(remat=Every(1)), run(), rtol=1e-10, atol=0)
+    try:
+        found = run(gradient=gradient)
+    except NetError as error:
+        assert re.search("Mixed cannot run a net or loss that takes a gradient itself .* choose Reverse", str(error))
+    else:
+        torch.testing.assert_close(found, run(), rtol=1e-10, atol=0)
