@@ -8,12 +8,14 @@ from functools import partial
 from io import BytesIO
 from typing import Any
 
-from matplotlib.axis import Axis
+from matplotlib.axis import Axis, Tick
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 from matplotlib.ticker import FixedFormatter, FuncFormatter, NullFormatter
 
 LONGEST_TICK, LONGEST_LABEL, LONGEST_TEXT = 60, 80, 120
+# Of subplots for images alone: matplotlib computes the ticks of an axis that is off too.
+NO_TICKS = {"xticks": (), "yticks": ()}
 
 
 class Picture(Figure):
@@ -24,25 +26,20 @@ class Picture(Figure):
     """
 
     def draw(self, renderer: Any) -> None:
-        for axis in self.findobj(Axis):
+        # Once alone, for matplotlib makes all ticks anew to find them.
+        parts = self.findobj()
+        axes = [part for part in parts if isinstance(part, Axis)]
+        for axis in axes:
             _write_out(axis)
-        labels, ticks = {axis.label for axis in self.findobj(Axis)}, self._ticks()
-        for text in self.findobj(Text):
-            if text not in ticks:
+        labels = {axis.label for axis in axes}
+        ticks = {label for part in parts if isinstance(part, Tick) for label in (part.label1, part.label2)}
+        for text in parts:
+            if isinstance(text, Text) and text not in ticks:
                 _write_plainly(text, LONGEST_LABEL if text in labels else LONGEST_TEXT)
         with warnings.catch_warnings():
             # A font has not every script; the page beside the picture does.
             warnings.filterwarnings("ignore", "Glyph .* missing from", UserWarning)
             super().draw(renderer)
-
-    def _ticks(self) -> set[Text]:
-        """The labels of all ticks."""
-        return {
-            label
-            for axis in self.findobj(Axis)
-            for tick in (*axis.get_major_ticks(), *axis.get_minor_ticks())
-            for label in (tick.label1, tick.label2)
-        }
 
 
 def spread_out(axis: Axis, values: Iterable[float]) -> None:

@@ -145,10 +145,12 @@ def _modules(keys: Mapping[str, Any]) -> Iterator[tuple[str, Path]]:
     yield from named.items()
     folders = {_folder(name, path) for name, path in named.items()}
     folders = {folder for folder in folders if not _installed(folder / "module.py")}
-    for name, module in list(sys.modules.items()):
+    # There are thousands of modules; to look for each one's file takes long.
+    for name, module in list(sys.modules.items()) if folders else ():
+        if name in named or name.partition(".")[0] in ("metahpo", "__main__", "__mp_main__"):
+            continue
         path = _file(module)
-        ours = name.partition(".")[0] in ("metahpo", "__main__", "__mp_main__")
-        if path and name not in named and not ours and folders & {*path.parents} and not _installed(path):
+        if path and folders & {*path.parents} and not _installed(path):
             yield name, path
 
 

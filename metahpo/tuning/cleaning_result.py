@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, Subset
 
 from metahpo.errors import DataError
-from metahpo.picture import Picture
+from metahpo.picture import NO_TICKS, Picture
 from metahpo.training.checkpoint import write_atomically
 from metahpo.training.metrics import Row
 from metahpo.tuning.data import Labelled
@@ -181,7 +181,7 @@ class Cleaned:
         shown = self.suspected[:_SHOWN].tolist()
         rows = -(-len(shown) // 10)
         figure = Picture(figsize=(10, 0.4 + 1.3 * rows), dpi=100, layout="constrained")
-        axes = list(figure.subplots(rows, 10, squeeze=False).flat)
+        axes = list(figure.subplots(rows, 10, squeeze=False, subplot_kw=NO_TICKS).flat)
         for axis in axes:
             axis.set_axis_off()
         for axis, index in zip(axes, shown):

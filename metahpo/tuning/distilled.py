@@ -14,7 +14,7 @@ from torch.utils.data import TensorDataset
 
 from metahpo.functional.copies import copied
 from metahpo.functional.trees import Params
-from metahpo.picture import Picture
+from metahpo.picture import NO_TICKS, Picture
 from metahpo.training.metrics import Row
 from metahpo.tuning.image_training import IMAGES, LOG_RATES, ImageTraining
 
@@ -111,7 +111,7 @@ def _sheet(images: Tensor, labels: Tensor, cells: Sequence[tuple[int, int, int]]
     coloured = pixels.shape[-1] == 3
     side = 1.5 if columns <= 5 else 1.0
     figure = Picture(figsize=(side * columns + 1.2, (side + 0.28) * rows + 0.4), dpi=120, layout="constrained")
-    axes = figure.subplots(rows, columns, squeeze=False)
+    axes = figure.subplots(rows, columns, squeeze=False, subplot_kw=NO_TICKS)
     for axis in axes.flat:
         axis.set_axis_off()
     reach, shown = float(pixels.abs().max()), None

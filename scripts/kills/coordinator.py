@@ -32,10 +32,14 @@ class Descent(Searcher):
 
 @dataclass(frozen=True)
 class Training:
-    """Minimises (w - x)^2 + y^2 by steps of gradient descent, keeping w after each, and logs all that it does."""
+    """Minimises (w - x)^2 + y^2 by steps of gradient descent, keeping w after each, and logs all that it does.
+
+    pause: seconds that a step takes, in which it may be killed.
+    """
 
     folder: Path
     steps: int
+    pause: float
 
     def __call__(self, trial: Trial) -> float:
         self.log("again" if self.has_ended(trial.number) else "begin", trial)
@@ -46,7 +50,7 @@ class Training:
             trial.report(step, (w - 0.3) ** 2)
         while len(path) <= self.steps:
             self.log("step", trial)
-            time.sleep(0.04)
+            time.sleep(self.pause)
             path.append(path[-1] - 0.1 * (path[-1] - trial["x"]))
             write_atomically(kept, json.dumps(path).encode())
             trial.report(len(path) - 1, (path[-1] - 0.3) ** 2)
@@ -78,11 +82,14 @@ def born(pid: int) -> str | None:
 
 
 def search(folder: Path, trials: int, steps: int, executor: str) -> None:
-    """The search with two workers, begun or gone on with; executor "serial": the same with one trial at a time."""
+    """The search with two workers, begun or gone on with; executor "serial": the same with one trial at a time,
+    which nobody kills."""
     workers: Executor = Serial()
     if executor != "serial":
         workers = Ray(2, threads=1, address="auto") if executor == "ray" else Processes(2, threads=1)
     with Study(SPACE, Descent(), folder / "study.db", seed=7, parallel=2) as study:
         (folder / "begun").touch()
         # Kills are not the trials' fault here: none is given up.
-        study.optimize(Training(folder, steps), trials, workers, max_attempts=1000)
+        study.optimize(
+            Training(folder, steps, 0.0 if executor == "serial" else 0.04), trials, workers, max_attempts=1000
+        )

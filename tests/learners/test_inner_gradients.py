@@ -71,7 +71,8 @@ def test_all_give_the_gradient_of_reverse_mode(name, engine):
     if name == "lstm" and engine.name == "vmap":
         pytest.skip("engine vmap does not run float64 LSTMs")
     last_step_alone = Phase(training=True)
-    for phase in (None, last_step_alone):
+    # The layers inside a step know nothing of how steps are weighted: two nets show that.
+    for phase in (None, last_step_alone) if name in ("batch_norm", "dropout") else (None,):
         expected = meta_gradient(name, engine, Reverse(), NoRemat(), phase)
         for gradient, remat in WAYS_THROUGH:
             if gradient == Mixed("dual") and engine.name == "vmap":

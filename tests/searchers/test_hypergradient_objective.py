@@ -150,7 +150,7 @@ def test_a_setting_that_nothing_has_is_named(settings, message):
 def test_what_cannot_be_trained_so_is_refused_at_once():
     with pytest.raises(NetError, match="Flatten has no trainable parameter"):
         made(net=nn.Flatten())
-    with pytest.raises(NetError, match="scalar hyperparameters.*, found LayerStepRates"):
+    with pytest.raises(NetError, match=r"scalar hyperparameters.*, found LayerStepRates"):
         made(LayerStepRates(["1.weight"], 12, 0.1))
 
 
