@@ -15,7 +15,7 @@ from typing import Any
 from metahpo import __version__, torchrun
 from metahpo.cli_search import add_search
 from metahpo.cli_tune import add_tune
-from metahpo.errors import DataError, MetaHPOError, NonFiniteError, RankError, UsageError, one_line
+from metahpo.errors import DataError, MetaHPOError, NonFiniteError, RankError, UsageError, one_line, out_of_memory
 from metahpo.run_dirs import check_new, existing_run_dir, is_search, new_run_dir, trained_run_dir
 from metahpo.runs.files import read_json, shown, with_short_paths, write_atomically, write_json
 from metahpo.runs.fingerprint import check_fingerprint, fingerprint, write_fingerprint
@@ -59,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except RuntimeError as error:
-        if type(error).__name__ != "OutOfMemoryError":  # torch's, which is not imported yet.
+        if not out_of_memory(error):
             raise
         print(f"metahpo: {one_line(error)}; choose fewer training.tasks or engine loop", file=sys.stderr)
         return 1

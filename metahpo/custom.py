@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from metahpo.errors import ConfigError, DataError, MetaHPOError, one_line
+from metahpo.errors import ConfigError, DataError, MetaHPOError, one_line, out_of_memory
 from metahpo.learners import MetaLearner, Phase
 from metahpo.tasks import Task, TaskSource
 from metahpo.training.engines import ENGINES
@@ -36,9 +36,11 @@ def check_learner(
         with seeded(settings.seed, device=device), precision(learner, settings):
             losses = engine.meta_gradient(learner, train.batch([0]).to(device), learner.training_phase(0)).losses
             engine.evaluate(learner, evaluation.batch([0]).to(device), Phase())
-    except (MetaHPOError, torch.OutOfMemoryError):
+    except MetaHPOError:
         raise
     except Exception as error:
+        if out_of_memory(error):
+            raise
         raise ConfigError(f"learner.name: {name} fails on a task: {brief(error)}") from error
     if losses.shape != (1,):
         raise ConfigError(f"learner.name: {name} gives the loss {list(losses.shape[1:])} for a task, expected a scalar")

@@ -75,6 +75,15 @@ class SearchArgumentError(SearchError, ArgumentError):
     """An argument of a search: of a space, a searcher or a study."""
 
 
+def out_of_memory(error: BaseException | None) -> bool:
+    """Whether an error, or what caused it, says that memory ran out: on a GPU, or by torch's allocator on the CPU."""
+    while error is not None:
+        if type(error).__name__ in ("OutOfMemoryError", "MemoryError") or "can't allocate memory" in str(error):
+            return True
+        error = error.__cause__
+    return False
+
+
 def one_line(error: object, length: int = 300) -> str:
     """What an error (or anything) says, in one line, without the C++ frames that torch may append."""
     return " ".join(str(error).partition("Exception raised from")[0].split())[:length]

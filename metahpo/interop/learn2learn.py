@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from metahpo.errors import NetError, one_line
+from metahpo.errors import NetError, one_line, out_of_memory
 from metahpo.functional import FunctionalModule
 from metahpo.functional.copies import copied
 from metahpo.functional.levels import under_torch_func
@@ -59,10 +59,10 @@ class Learn2LearnLearner(MetaLearner):
                 outputs, buffers = self.module.apply_with(params, buffers, support_x, training=phase.training)
                 try:
                     clone.adapt(self.loss(outputs, support_y), **options)
-                except torch.OutOfMemoryError:
-                    raise
                 # MAML prints why there is no gradient, and goes on without.
                 except (RuntimeError, UnboundLocalError) as error:
+                    if out_of_memory(error):
+                        raise
                     raise NetError(
                         f"{name} cannot adapt the net ({one_line(error)}); it may need allow_unused, allow_nograd or "
                         "engine loop"

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
 from metahpo import torchrun
-from metahpo.errors import MetaHPOError, NetError, RankError, one_line
+from metahpo.errors import MetaHPOError, NetError, RankError, one_line, out_of_memory
 from metahpo.functional.buffers import is_running_average, load_whole_state, whole_state
 from metahpo.functional.trees import Params, join
 from metahpo.training.engines import MetaGradient
@@ -208,9 +208,9 @@ class Ranks:
     def _others(self) -> Iterator[None]:
         try:
             yield
-        except torch.OutOfMemoryError:
-            raise
         except RuntimeError as error:
+            if out_of_memory(error):
+                raise
             raise RankError(f"rank {self.rank} stops: it lost another one ({one_line(error, 200)})") from error
 
 

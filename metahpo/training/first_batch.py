@@ -8,7 +8,7 @@ from contextlib import contextmanager, suppress
 import torch
 from torch import Tensor
 
-from metahpo.errors import DataArgumentError, MetaHPOError, NetArgumentError, one_line, shown
+from metahpo.errors import DataArgumentError, MetaHPOError, NetArgumentError, one_line, out_of_memory, shown
 from metahpo.learners.base import MetaLearner
 from metahpo.learners.phase import Phase
 from metahpo.tasks.task import Task, TaskSource
@@ -158,9 +158,11 @@ def explained(learner: object, tasks: Task) -> Iterator[None]:
     """
     try:
         yield
-    except (MetaHPOError, torch.OutOfMemoryError):
+    except MetaHPOError:
         raise
     except (RuntimeError, ValueError, TypeError, IndexError) as error:
+        if out_of_memory(error):
+            raise
         shapes = ", ".join(f"{name} {list(part.shape)}" for name, part in zip(Task._fields, tasks))
         raise NetArgumentError(
             f"{type(learner).__name__}: fails on its first batch of tasks ({shapes}): {type(error).__name__}: "

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import copy
 import gc
+import math
 import multiprocessing
 import random
 import re
 import threading
+import time
 import warnings
 from dataclasses import replace
 
@@ -18,14 +20,14 @@ import torch.nn.functional as F
 from torch import nn
 
 from metahpo.cli import main
-from metahpo.errors import NetError
+from metahpo.errors import NetError, out_of_memory
 from metahpo.inner import Mixed, Sqrt
 from metahpo.learners import MAML, Adapted, MAMLPlusPlus, MetaLearner, Phase
 from metahpo.nets import MLP, Conv4, ResNet12
 from metahpo.tasks import Sinusoid, Task
 from metahpo.training import Trainer, TrainingSettings
 from metahpo.training.checkpoint import CheckpointStore
-from metahpo.training.engines import Auto, Graph, Loop, Threads, Trace, VMap, auto, check_engine, graph
+from metahpo.training.engines import Auto, Graph, Loop, Threads, Trace, VMap, auto, check_engine, graph, trial
 
 WAYS = 3
 
@@ -396,10 +398,10 @@ def seconds(monkeypatch):
     """The seconds that each engine seems to take."""
     times = {"threads": 0.3, "vmap": 0.2, "trace": 0.1}
 
-    def timed(call, device):
+    def timed(call, device, most):
         call()
         (engine,) = {c.cell_contents.__self__.name for c in call.__closure__ if hasattr(c.cell_contents, "__self__")}
-        return times[engine]
+        return times[engine] / (2 if engine == "threads" else 1)
 
     monkeypatch.setattr(auto, "_time", timed)
     return times
@@ -432,6 +434,62 @@ def test_auto_takes_loop_where_all_refuse(capsys):
     found = engine.meta_gradient(learner, images(), Phase(training=True))
     assert_equal(found, Loop().meta_gradient(learner, images(), Phase(training=True)), 0)
     assert capsys.readouterr().err == "engine auto: loop for training (threads cannot, vmap cannot)\n"
+
+
+class Heavy(nn.Linear):
+    """On the main thread, where vmap runs, it does ``what`` first."""
+
+    what = staticmethod(lambda: None)
+
+    def forward(self, x):
+        if threading.current_thread() is threading.main_thread():
+            self.what()
+        return super().forward(x)
+
+
+@pytest.mark.parametrize(
+    ("what", "note"),
+    [
+        (lambda: time.sleep(0.3), r"vmap: more than 0\.\d+ s"),
+        (lambda: torch.empty(1 << 60, dtype=torch.uint8), "vmap: no memory"),
+    ],
+)
+def test_auto_gives_an_engine_up_that_is_slower_than_the_best_or_out_of_memory(monkeypatch, capsys, what, note):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        learner = MAML(nn.Sequential(nn.Flatten(), Heavy(64, WAYS)), steps=2).double()
+    wanted = Loop().meta_gradient(learner, images(), Phase(training=True))
+    with monkeypatch.context() as patch:
+        patch.setattr(Heavy, "what", staticmethod(what))
+        engine = Auto()
+        engine.settle("training", learner, images(), Phase(training=True))
+    assert re.search(f"threads for training, .*{note}", capsys.readouterr().err)
+    assert_equal(Loop().meta_gradient(learner, images(), Phase(training=True)), wanted)
+
+
+def test_memory_that_runs_out_on_the_cpu_is_no_fault_of_a_module(monkeypatch):
+    monkeypatch.setattr(Heavy, "what", staticmethod(lambda: torch.empty(1 << 60, dtype=torch.uint8)))
+    learner = MAML(nn.Sequential(nn.Flatten(), Heavy(64, WAYS)), steps=1).double()
+    with pytest.raises(RuntimeError, match="can't allocate memory") as caught:
+        VMap().meta_gradient(learner, images(), Phase(training=True))
+    assert out_of_memory(caught.value)
+    assert not out_of_memory(RuntimeError("another"))
+
+
+def test_a_trial_ends_with_its_time_and_before_memory_runs_out(monkeypatch):
+    held = []
+
+    def grow(size: int) -> None:
+        for _ in range(400):
+            held.append(torch.ones(size))
+            time.sleep(0.002)
+
+    with pytest.raises(trial.GivenUp, match=r"more than 0\.05 s"):
+        trial.seconds_of(lambda: grow(1), 0.05)
+    assert len(held) < 400
+    monkeypatch.setattr(trial, "available_bytes", lambda: 20e6)
+    with pytest.raises(trial.GivenUp, match="too much memory"):
+        trial.seconds_of(lambda: grow(1 << 17), math.inf)
 
 
 QUICK = {"epochs": 2, "iterations": 2, "tasks": 2, "val_tasks": 2, "device": "cpu", "check_gradient": False}

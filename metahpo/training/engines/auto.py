@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import gc
-import resource
+import math
 import sys
-import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 from tqdm import tqdm
 
 from metahpo import torchrun
+from metahpo.errors import out_of_memory
 from metahpo.functional import Params
 from metahpo.functional.buffers import copied_buffers
 from metahpo.inner.randomness import python_draws_kept
@@ -24,6 +23,7 @@ from metahpo.training.engines.base import Engine, MetaGradient
 from metahpo.training.engines.graph import Trace
 from metahpo.training.engines.loop import Loop
 from metahpo.training.engines.threads import Threads
+from metahpo.training.engines.trial import GivenUp, seconds_of
 from metahpo.training.engines.vmap import VMap
 
 # Recording takes some hundred times as long as a step, and gains where steps are short because tensors are small.
@@ -32,6 +32,8 @@ _RECORD_BELOW = {"cpu": 0.25, "cuda": 1.0}
 
 class Auto:
     """Times the engines that can run the learner on the run's own first batch, keeps the fastest, and says which.
+
+    An engine is given up when it has lasted as long as the best so far, or takes half of the memory there is.
 
     On the CPU ``threads``, ``vmap`` and, for small nets, ``trace``; on CUDA ``vmap`` and ``trace``; ``loop`` where none
     of them can. (``graph`` takes minutes to compile, so it is not tried; it pays for long runs.) Engines agree to
@@ -72,35 +74,31 @@ class Auto:
         engines: dict[str, Engine] = {}
         notes: list[str] = []
 
-        def attempt(engine: Engine) -> None:
+        def attempt(engine: Engine, part: Task, share: float) -> None:
             call: Callable[[MetaLearner, Task, Phase], Any] = (
                 engine.meta_gradient if work == "training" else engine.evaluate
             )
+            most = min(seconds.values(), default=math.inf)
             # Any error: one that is the learner's own comes again from the engine that is left, loop.
             try:
-                taken = _time(lambda: call(learner, tasks, phase), device)
-            except torch.OutOfMemoryError:
-                notes.append(f"{engine.name}: no memory")
-            except Exception:
-                notes.append(f"{engine.name} cannot")
+                taken = _time(lambda: call(learner, part, phase), device, most) / share
+            except GivenUp as reason:
+                notes.append(f"{engine.name}: {reason}")
+            except Exception as error:
+                notes.append(f"{engine.name}: no memory" if out_of_memory(error) else f"{engine.name} cannot")
             else:
                 if isinstance(engine, Trace) and not engine.records:
                     notes.append("trace cannot")
                     return
                 seconds[engine.name], engines[engine.name] = taken, engine
 
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         if device == "cpu":
-            threads = Threads()
-            attempt(threads)
-            grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
-            count = tasks.query_x.shape[0]
-            if grown * count / min(threads.workers, count) > 0.5 * _available_bytes():
-                notes.append("vmap would take too much memory")
-                return self._best(work, engines, seconds, notes)
-        attempt(VMap())
+            threads, count = Threads(), tasks.query_x.shape[0]
+            # Rounds of one task a thread last alike.
+            attempt(threads, Task(*(t[: threads.workers] for t in tasks)), 1 / math.ceil(count / threads.workers))
+        attempt(VMap(), tasks, 1.0)
         if work == "training" and seconds.get("vmap", 60.0) < _RECORD_BELOW[device]:
-            attempt(Trace())
+            attempt(Trace(), tasks, 1.0)
         return self._best(work, engines, seconds, notes)
 
     def _best(self, work: str, engines: dict[str, Engine], seconds: dict[str, float], notes: list[str]) -> Engine:
@@ -118,21 +116,6 @@ class Auto:
             tqdm.write(line, file=sys.stderr)
 
 
-def _time(call: Callable[[], Any], device: str) -> float:
-    """The shorter of two calls' seconds; the first also compiles, records and fills caches."""
-    seconds = []
-    for _ in range(2):
-        start = time.perf_counter()
-        call()
-        if device == "cuda":
-            torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - start)
-    return min(seconds)
-
-
-def _available_bytes() -> float:
-    try:
-        lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
-        return float(lines["MemAvailable"].split()[0]) * 1024
-    except (OSError, KeyError, ValueError):
-        return float("inf")
+def _time(call: Callable[[], Any], device: str, most: float) -> float:
+    """The seconds of a call; on CUDA, where the first compiles and running out of memory ends nothing, none is cut."""
+    return seconds_of(call, math.inf, torch.cuda.synchronize) if device == "cuda" else seconds_of(call, most)

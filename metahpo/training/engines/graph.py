@@ -15,7 +15,7 @@ from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from metahpo.errors import MetaHPOError, one_line
+from metahpo.errors import MetaHPOError, one_line, out_of_memory
 from metahpo.functional import FunctionalModule, Params
 from metahpo.functional.turns import TURN
 from metahpo.inner.randomness import Unrepeatable
@@ -97,9 +97,11 @@ class Trace:
         except Unrepeatable as error:
             warnings.warn(f"engine {self.name}: {error}, which a record cannot; running as vmap", stacklevel=5)
             return None
-        except (MetaHPOError, torch.OutOfMemoryError):
+        except MetaHPOError:
             raise
         except Exception as error:
+            if out_of_memory(error):
+                raise
             reason = f"{failing_module(learner, error)} ({type(error).__name__}: {one_line(error)})"
             warnings.warn(
                 f"engine {self.name} cannot record {reason}; running as vmap",
@@ -147,9 +149,9 @@ class Graph(Trace):
                 return recorded(*inputs)
             try:
                 return compiled(*inputs)
-            except torch.OutOfMemoryError:
-                raise
             except Exception as error:
+                if out_of_memory(error):
+                    raise
                 failed = True
                 reason = f"{type(error).__name__}: {one_line(error)}"
                 warnings.warn(f"engine graph cannot compile this learner ({reason}); running as trace", stacklevel=6)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.func import grad, vmap
 
-from metahpo.errors import NetError
+from metahpo.errors import NetError, out_of_memory
 from metahpo.functional.buffers import copied_buffers
 from metahpo.functional.swap import call_with
 from metahpo.functional.trees import Params, map_tree
@@ -77,7 +77,7 @@ def batched_gradient(
 def _run(engine: str, learner: MetaLearner, function: Callable[[], Any]) -> Any:
     try:
         return function()
-    except torch.OutOfMemoryError:
-        raise
     except RuntimeError as error:
+        if out_of_memory(error):
+            raise
         raise refusal(engine, learner, error, "engine threads or loop") from error
