@@ -30,7 +30,7 @@ from pathlib import Path
 
 import torch
 
-from kills import coordinator
+from kills import coordinator, training
 from kills.cluster import cluster
 from metahpo.searchers import Study
 from metahpo.training.environment import versions
@@ -151,7 +151,7 @@ def judged(calm: dict, killed: dict, options: argparse.Namespace) -> dict[str, b
 def start(folder: Path, options: argparse.Namespace, environment: dict[str, str]) -> BaseProcess:
     """A coordinator in a process of its own: a fork of one that has imported all, for that takes seconds."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["metahpo.searchers"])
+    context.set_forkserver_preload(["metahpo.searchers.study"])
     process = context.Process(
         target=coordinate, args=(folder, options.trials, options.steps, options.executor, environment)
     )
@@ -173,7 +173,7 @@ def workers(folder: Path) -> set[int]:
     if not (folder / "log").exists():
         return set()
     lines = [line.split() for line in (folder / "log").read_text().splitlines()]
-    return {int(pid) for _, _, pid, born in lines if int(pid) != os.getpid() and coordinator.born(int(pid)) == born}
+    return {int(pid) for _, _, pid, born in lines if int(pid) != os.getpid() and training.born(int(pid)) == born}
 
 
 def left_over(folder: Path) -> int:

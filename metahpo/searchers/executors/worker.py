@@ -19,12 +19,9 @@ def main() -> None:
     threading.Thread(target=_listen, args=(connection, inbox), daemon=True).start()
     content = inbox.get()
 
-    import torch
-
     from metahpo.errors import MetaHPOError, SearchError
     from metahpo.searchers.executors.base import Finished, Reported, run_job
 
-    torch.set_num_threads(int(os.environ["METAHPO_THREADS"]))
     try:
         objective = cloudpickle.loads(content)
     except Exception as error:
@@ -32,6 +29,9 @@ def main() -> None:
             SearchError(f"the objective cannot be read in another process: {type(error).__name__}: {error}")
         )
         return
+    # One that is imported later goes by the environment (OMP_NUM_THREADS).
+    if torch := sys.modules.get("torch"):
+        torch.set_num_threads(int(os.environ["METAHPO_THREADS"]))
     while True:
         job = inbox.get()
 
