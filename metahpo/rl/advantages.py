@@ -14,8 +14,9 @@ def discounted_sums(values: Tensor, discount: float) -> Tensor:
     """The sums over k >= t of discount^(k - t) * values[..., k], [..., H]."""
     times = torch.arange(values.shape[-1], device=values.device)
     ahead = times - times[:, None]
-    weights = torch.where(ahead >= 0, torch.as_tensor(discount).to(values) ** ahead.clamp(min=0), 0.0)
-    return values @ weights.T
+    base = torch.as_tensor(discount, dtype=torch.float64, device=values.device)
+    weights = torch.where(ahead >= 0, base ** ahead.clamp(min=0), 0.0)
+    return values @ weights.T.to(values)
 
 
 def features(rollout: Rollout) -> Tensor:

@@ -17,6 +17,8 @@ from metahpo.rl.environment import Step
 
 # A seed is a column of float32 parameters, which holds whole numbers up to this one exactly.
 SEEDS = 2**24
+# Tasks of how many values of a varied number are compared, for at most how many steps.
+_LOOKS, _STEPS = 5, 100
 
 
 class Gym:
@@ -30,9 +32,9 @@ class Gym:
 
     It is stepped episode by episode in Python, so it runs on the engines ``loop`` and ``threads`` alone.
 
-    Raises ConfigError where gymnasium or what the environment needs is not installed, the environment is unknown or has
-    no such number, and NetError where its actions are not a bounded vector of real numbers, or its observations no
-    vector: a Gaussian policy cannot take it.
+    Raises ConfigError where gymnasium or what the environment needs is not installed, the environment is unknown, has
+    no such number, or gives the same episodes whatever its value, and NetError where its actions are not a bounded
+    vector of real numbers, or its observations no vector: a Gaussian policy cannot take it.
     """
 
     # Ends the error where the environment cannot be made.
@@ -57,8 +59,42 @@ class Gym:
             self.observation_size = _observation_size(probe.observation_space, id)
             for attribute in self.vary:
                 _check_attribute(probe.unwrapped, attribute, id)
+            self._check_tasks(probe)
         finally:
             probe.close()
+
+    def _check_tasks(self, probe: Any) -> None:
+        """Raises ConfigError for a number that an environment reads only as it is made, or not in all of its range."""
+        middle = np.array([(low + high) / 2 for low, high in self.vary.values()])
+        for place, (attribute, (low, high)) in enumerate(self.vary.items()):
+            values = np.linspace(low, high, _LOOKS) if low < high else np.array([])
+            tasks = np.tile(middle, (len(values), 1))
+            tasks[:, place] = values
+            try:
+                episodes = [self._episode(probe, task) for task in tasks]
+            except Exception:
+                return  # What fails in a task is said where the task is run.
+            for first, second, episode, other in zip(values, values[1:], episodes, episodes[1:]):
+                if episode == other:
+                    raise ConfigError(
+                        f"data.vary.{attribute}: {first:.4g} and {second:.4g} give environment {self.name} the same "
+                        f"episode of {len(episode)} steps, expected a number that it reads at every step, in a range "
+                        "where it makes a difference"
+                    )
+
+    def _episode(self, probe: Any, task: np.ndarray) -> list[tuple[list[float], float]]:
+        """The observations and rewards of some steps at the bounds of actions, the same for every task."""
+        self.configure(probe.unwrapped, task)
+        probe.reset(seed=0)
+        rng, action, steps = np.random.default_rng(0), self.low, list[tuple[list[float], float]]()
+        for step in range(_STEPS):
+            if step % 10 == 0:  # Each for a while, so that things come to speed.
+                action = np.where(rng.random(self.action_size) < 0.5, self.low, self.high)
+            seen, reward, terminated, truncated, info = probe.step(action.astype(np.float32))
+            steps.append((np.asarray(seen).tolist(), self.reward(float(reward), info, task)))
+            if terminated or truncated:
+                break
+        return steps
 
     # What a family of tasks may override.
 

@@ -17,8 +17,8 @@ Policy = Callable[[Tensor], tuple[Tensor, Tensor]]
 class Rollout(NamedTuple):
     """E episodes of at most H steps; constants to every gradient.
 
-    observations: [E, H, O], before each step; actions: [E, H, A]; rewards: [E, H], zero after an episode's end;
-    taken: [E, H], 1 for the steps up to the end, that one included, and 0 after it.
+    observations: [E, H, O], before each step; actions: [E, H, A]; rewards: [E, H]; taken: [E, H], 1 for the steps up
+    to the end, that one included, and 0 after it. After an episode's end observations and rewards are zero.
     """
 
     observations: Tensor
@@ -46,7 +46,8 @@ def roll_out(environment: Environment, policy: Policy, noise: Tensor, parameters
         action = mean + log_std.exp() * z
         after = environment.step(state, action, parameters)
         steps.append((seen, action, torch.where(taken > 0, after.rewards, 0.0), taken))
-        state, seen = after.state, after.observations
         taken = torch.where(after.done, 0.0, taken)
+        # What comes after an end may be NaN, which no weight of zero takes away.
+        state, seen = after.state, torch.where(taken[:, None] > 0, after.observations, 0.0)
     # A tangent of forward mode passes no_grad.
     return Rollout(*(torch.stack(parts, 1).detach() for parts in zip(*steps)))

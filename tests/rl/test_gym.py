@@ -98,6 +98,9 @@ def test_spaces_that_the_policy_cannot_take_are_refused_by_name(kind):
         ("Pendulum-v1", {"mass": (1, 2)}, "data.vary.mass: .* Pendulum-v1, which has no attribute of that name"),
         ("Pendulum-v1", {"action_space": (1, 2)}, "data.vary.action_space: .* which has 'Box"),
         ("Pendulum-v1", {"unwrapped": (1, 2)}, "data.vary.unwrapped: "),
+        # Read as the environment is made: of the drawing alone, or of the actions' bounds.
+        ("Pendulum-v1", {"screen_dim": (300, 900)}, "data.vary.screen_dim: 300 and 450 give .* the same episode"),
+        ("Pendulum-v1", {"m": (1, 2), "max_torque": (1, 6)}, "data.vary.max_torque: 2.25 and 3.5 give .* the same"),
     ],
 )
 def test_what_cannot_be_varied_is_refused(name, vary, expected):

@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 import torch
 
+from metahpo.learners import PolicyMAML
+from metahpo.nets import MLP
 from metahpo.rl import GaussianPolicy, Navigation, Rollout, advantages, best_return, log_prob, roll_out
-from metahpo.rl.advantages import RIDGE, features, linear_baseline
+from metahpo.rl.advantages import RIDGE, discounted_sums, features, linear_baseline
 from metahpo.tasks import RolloutTasks
 
 
@@ -105,3 +107,46 @@ def test_log_prob_is_that_of_torch_distributions():
     actions = torch.randn(5, 2)
     expected = torch.distributions.Normal(mean, log_std.exp()).log_prob(actions).sum(-1)
     torch.testing.assert_close(log_prob(actions, mean, log_std), expected)
+
+
+class Undefined(Navigation):
+    """Gives NaN after an episode's end, which comes after 2 steps or 3."""
+
+    def reset(self, parameters):
+        state, seen = super().reset(parameters)
+        return (state, torch.arange(len(seen)) % 2, 0), seen
+
+    def step(self, state, actions, parameters):
+        inner, longer, count = state
+        step = super().step(inner, actions, parameters)
+        over, nan = count > 1 + longer, float("nan")
+        return step._replace(
+            state=(step.state, longer, count + 1),
+            observations=torch.where(over[:, None] | (count == 1 + longer)[:, None], nan, step.observations),
+            rewards=torch.where(over, nan, step.rewards),
+            done=count == 1 + longer,
+        )
+
+
+def test_what_comes_after_an_episodes_end_is_not_looked_at():
+    torch.manual_seed(0)
+    learner = PolicyMAML(MLP([2], 2, hidden=[4]), Undefined(), steps=1).double()
+    noise, parameters = torch.randn(4, 5, 2, dtype=torch.float64), 3 * torch.ones(4, 2, dtype=torch.float64)
+    params = dict(learner.module.params())
+    whole = learner.roll_out(params, noise, parameters)
+    assert whole.taken.sum(1).tolist() == [2, 3, 2, 3]
+    # The sum over the steps taken alone, episode by episode.
+    found = learner.surrogate(params, whole)
+    weights, terms = advantages(whole, learner.discount, learner.gae), []
+    for e, t in itertools.product(range(4), range(3)):
+        if whole.taken[e, t]:
+            mean, log_std = learner._policy(params, whole.observations[e, t][None])
+            terms.append(log_prob(whole.actions[e, t][None], mean, log_std)[0] * weights[e, t])
+    torch.testing.assert_close(found, -sum(terms) / 10)
+    assert all(g.isfinite().all() for g in torch.autograd.grad(found, list(params.values())))
+
+
+def test_discounts_are_not_rounded_to_float32():
+    rewards = torch.ones(1, 50, dtype=torch.float64)
+    found = discounted_sums(rewards, 0.999)[0, 0]
+    assert float(found) == pytest.approx((1 - 0.999**50) / (1 - 0.999), rel=1e-13)
