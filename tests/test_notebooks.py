@@ -9,12 +9,21 @@ import matplotlib
 import pytest
 
 NOTEBOOKS = Path(__file__).resolve().parents[1] / "notebooks"
-SMALL = [("filters=32", "filters=4"), ("val_tasks=100", "val_tasks=4"), ("evaluate(test, 200)", "evaluate(test, 4)")]
+SMALL = [
+    ("filters=32", "filters=4"),
+    ("val_tasks=100", "val_tasks=4, engine='loop'"),
+    ("evaluate(test, 200)", "evaluate(test, 4)"),
+]
 # What makes each a matter of seconds: (as it stands in the notebook, as it runs here).
 QUICK = {
     "tune_rates": [("STEPS, OUTER_STEPS = 100, 40", "STEPS, OUTER_STEPS = 8, 2"), ("range(5)", "range(2)")],
     "few_shot": [("EPOCHS, ITERATIONS = 5, 100", "EPOCHS, ITERATIONS = 1, 2"), *SMALL],
-    "write_a_learner": [("EPOCHS, ITERATIONS = 5, 60", "EPOCHS, ITERATIONS = 1, 2"), *SMALL],
+    # README's test has the same learner under the engines that record it.
+    "write_a_learner": [
+        ("EPOCHS, ITERATIONS = 5, 60", "EPOCHS, ITERATIONS = 1, 2"),
+        ("ways=3)", 'ways=3, engines=["loop", "vmap"])'),
+        *SMALL,
+    ],
 }
 
 
