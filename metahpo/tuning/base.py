@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Protocol
 
 import torch
@@ -105,6 +105,13 @@ class Tuner:
                 if each:
                     each(self.history[-1])
         return self.result()
+
+
+def by_name(optimizer: Mapping[str, Any], saved: Iterable[str], own: Iterable[str]) -> dict[str, Any]:
+    """The state dict of an optimizer of tensors called ``saved``, in that order, for one of those called ``own``."""
+    place = {name: index for index, name in enumerate(saved)}
+    moved = {index: optimizer["state"].get(place[name]) for index, name in enumerate(own)}
+    return {**optimizer, "state": {index: values for index, values in moved.items() if values is not None}}
 
 
 def test(net: nn.Module, loss: Callable[[Tensor, Tensor], Tensor], x: Tensor, y: Tensor) -> Row:

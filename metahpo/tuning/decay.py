@@ -22,7 +22,7 @@ from metahpo.hypergrad.solvers import Neumann, Product, Solution
 from metahpo.inner.problem import InnerProblem
 from metahpo.training.environment import seeded
 from metahpo.training.metrics import Row
-from metahpo.tuning.base import Tuner, check_loss, check_on_step, test
+from metahpo.tuning.base import Tuner, by_name, check_loss, check_on_step, test
 from metahpo.tuning.data import Examples, Labelled, labelled, read_once
 from metahpo.tuning.decay_result import ALL, Decay
 from metahpo.tuning.network import Loss, WholeBatch, check_fits, device_for, with_weights
@@ -244,8 +244,9 @@ class DecayTuner(Tuner):
                 for name, tensor in own.items():
                     tensor.copy_(saved[name])
         self.buffers = {name: b.to(self.device) for name, b in state["buffers"].items()}
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.outer.load_state_dict(state["outer"])
+        # A net may define its layers in another order now.
+        self.optimizer.load_state_dict(by_name(state["optimizer"], state["params"], self.params))
+        self.outer.load_state_dict(by_name(state["outer"], state["logs"], self.logs))
 
 
 @dataclass

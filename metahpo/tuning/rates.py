@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from metahpo.checks import refuse
 from metahpo.errors import (
+    CheckpointError,
     ConfigArgumentError,
     ConfigError,
     DataArgumentError,
@@ -22,6 +23,7 @@ from metahpo.errors import (
     NonFiniteError,
     did_you_mean,
     one_line,
+    shown,
 )
 from metahpo.functional import FunctionalModule
 from metahpo.functional.copies import copied
@@ -331,9 +333,16 @@ class RatesTuner(Tuner):
 
     def state_dict(self) -> dict[str, Any]:
         raw = {name: value.detach() for name, value in self.raw.items()}
-        return {"raw": raw, "before": self.before, "optimizer": self.optimizer.state_dict()}
+        groups = {row: list(names) for row, names in self.groups.items()}
+        return {"raw": raw, "before": self.before, "optimizer": self.optimizer.state_dict(), "groups": groups}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        saved = state.get("groups", self.groups)  # The version before did not keep them.
+        if list(saved.items()) != list(self.groups.items()):
+            raise CheckpointError(
+                f"state of the rates: its rows are {shown(list(saved), 300)}, expected "
+                f"{shown(list(self.groups), 300)}, in the order in which the net defines them"
+            )
         with torch.no_grad():
             for name, value in self.raw.items():
                 value.copy_(state["raw"][name])

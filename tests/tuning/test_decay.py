@@ -201,3 +201,28 @@ def test_a_forward_of_any_batch_gives_what_a_loss_of_pairs_gives(by):
     torch.testing.assert_close(found.net.state_dict(), expected.net.state_dict(), rtol=1e-10, atol=1e-12)
     with pytest.raises(ConfigError, match="found neither of loss and forward"):
         tune_decay(net, None, data, data, **options)
+
+
+@pytest.mark.parametrize("by", ["layer", "parameter"])
+def test_goes_on_by_name_where_the_layers_are_defined_in_another_order(by):
+    class Net(nn.Module):
+        def __init__(self, names):
+            super().__init__()
+            for name in names:
+                self.add_module(name, nn.Linear(4, 4).double())
+
+        def forward(self, x):
+            return self.last(torch.tanh(self.first(x)))
+
+    net, other = Net(["first", "last"]), Net(["last", "first"])
+    other.load_state_dict(net.state_dict())
+    whole, first, second = (tuner(each, by=by) for each in (net, net, other))
+    whole.run()
+    first.run(2)
+    second.load_state_dict(copy.deepcopy(first.state_dict()))
+    second.run()
+    for name, value in whole.logs.items():
+        torch.testing.assert_close(second.logs[name], value, rtol=1e-9, atol=1e-9)
+    found = second.result().net.state_dict()
+    for name, value in whole.result().net.state_dict().items():
+        torch.testing.assert_close(found[name], value, rtol=1e-9, atol=1e-9)

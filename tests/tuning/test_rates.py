@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from metahpo.errors import ConfigError, DataError, NetError, NonFiniteError
+from metahpo.errors import CheckpointError, ConfigError, DataError, NetError, NonFiniteError
 from metahpo.functional import FunctionalModule
 from metahpo.inner import InnerProblem
 from metahpo.tuning import Rates, load_digits, tune_rates
@@ -283,3 +283,10 @@ def test_a_schedule_goes_on_at_its_own_step_and_finds_its_groups_by_name(order):
     steps(again, other, schedule, 1)
     for found, wanted in zip(again.parameters(), net.parameters()):
         assert torch.equal(found, wanted)
+
+
+def test_a_state_of_layers_in_another_order_is_refused(digits):
+    state = a_tuner(digits).state_dict()
+    state["groups"] = dict(reversed(state["groups"].items()))
+    with pytest.raises(CheckpointError, match=r"its rows are \['3', '1'\], expected \['1', '3'\]"):
+        a_tuner(digits).load_state_dict(state)
