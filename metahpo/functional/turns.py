@@ -23,11 +23,11 @@ class Turn(ContextDecorator):
 
     @property
     def helping(self) -> bool:
-        """Whether this thread works for the one that holds the turn (``help``)."""
+        """Whether ``help`` was called in this thread."""
         return getattr(self._thread, "helping", False)
 
     def help(self) -> None:
-        """From now on this thread works for whichever holds the turn, on what is its own, and needs none."""
+        """From now on this thread works, on copies of its own, for the thread that holds the turn, and takes none."""
         self._thread.helping = True
 
     def __enter__(self) -> Turn:

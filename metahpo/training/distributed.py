@@ -59,7 +59,7 @@ class Ranks:
     def mean(self, result: MetaGradient, numbers: range, signum: int | None) -> tuple[MetaGradient, Tensor | None]:
         """The result over the batch ``numbers`` from each rank's over its ``share``: means weighted by tasks, and
         of buffers that are no running statistics those that the last task left. Tensors are matched by name; a metric's
-        mean is over the ranks that have it.
+        mean is over the tasks of the ranks that have it.
 
         One collective for each dtype among the result's tensors (as a rule one) carries everything. signum: the signal
         that this rank was asked to stop by. Returns also the signals of all ranks, [size], 0 for none, on the result's

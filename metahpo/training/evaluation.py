@@ -38,7 +38,8 @@ def evaluate(
     """Runs the first ``count`` tasks: metrics by name, [count], and query outputs by kind, [count, N, ...], on the CPU.
 
     engine: the settings' by default. each: called after every batch of tasks. Randomness, if a learner draws any,
-    follows the settings' seed. Ranks share the tasks of each batch, and all get all results.
+    follows the settings' seed. Ranks take over rank 0's weights and buffers, share the tasks of each batch, and all get
+    all results.
     """
     check_parts(evaluate, learner, settings, tasks=tasks)
     count = check_whole("evaluate", "count", count, at_least=1, error=ConfigArgumentError)

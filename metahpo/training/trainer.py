@@ -46,7 +46,8 @@ class Trainer:
     for bit the run that was not (on the CPU, with the same torch and number of threads).
 
     ``optimizer`` may be changed and replaced between epochs, also by a scheduler of your own: a group's rate is the
-    settings' (``lr``, ``min_lr``) only as long as nobody else sets it.
+    settings' (``lr``, ``min_lr``) only as long as nobody else sets it. Trainings in several threads of a process take
+    turns step by step, and the methods of a learner may be called in another thread while it is trained.
 
     Inside a process group of ``torch.distributed`` every rank makes the same trainer and calls the same methods; each
     step's tasks are shared among them, and rank 0 alone keeps the run. W ranks give the numbers of one process to
