@@ -13,6 +13,7 @@ from torch import nn
 from torch.func import functional_call, grad, vmap
 
 from metahpo.errors import NetError
+from metahpo.functional.turns import TURN
 from metahpo.inner import SGD, Every, FirstOrder, LayerStepRates, Mixed, NoRemat, Reverse, Sqrt, UpdateRule, unroll
 
 FORMS = [Mixed("func"), Mixed("dual")]
@@ -278,6 +279,7 @@ def test_threads_run_it_without_dropout_and_are_refused_with_it():
     found, refused, ran = [None] * 4, [], threading.Barrier(4)
 
     def work(index):
+        TURN.help()  # As an engine's own threads.
         found[index] = gradients(rule, outer(given, rule, 3, FORMS[index % 2], Sqrt()), given)
         ran.wait(60)  # Draws of one thread look like draws of any other that is at work.
         try:

@@ -89,7 +89,8 @@ def test_training_that_looks_seldom_stops_before_anything_bad_is_saved(tmp_path,
     place = "epoch 1, iteration 8: the loss of task 7 is not finite"
     with pytest.raises(NonFiniteError, match=place):
         trainer.fit()
-    assert tasks.seen == list(range(last + 1))
+    # Before them the source is looked at, whether it gives the same again.
+    assert tasks.seen[-last - 1 :] == list(range(last + 1))
     assert not trainer.store.list()
 
 

@@ -16,6 +16,8 @@ from metahpo.inner import NoRemat, Sqrt
 from metahpo.learners import IMAML, MAML, MAMLPlusPlus, MetaLearner, Phase, ProtoNet
 from metahpo.tasks import Task
 from metahpo.training import Trainer, TrainingSettings
+from metahpo.training.engines import Threads
+from metahpo.training.environment import intra_op_threads
 from metahpo.training.evaluation import evaluate
 
 SETTINGS = {"epochs": 1, "iterations": 3, "tasks": 2, "val_tasks": 2, "test_tasks": 2, "check_gradient": False}
@@ -185,3 +187,23 @@ def test_learners_of_users_take_turns():
 
     assert Own().adapt(None, None, None) == threading.get_ident()
     assert TURN._holder is None
+
+
+def test_once_engine_threads_has_raised_none_of_its_threads_is_at_work():
+    at_work, another = [], threading.Event()
+
+    def loss(outputs, targets):
+        if float(targets[0]) == 0:
+            another.wait(60)
+            raise ValueError("the first task fails")
+        at_work.append(1)
+        another.set()
+        time.sleep(0.05)
+        at_work.pop()
+        return outputs.square().mean()
+
+    batch = Blobs().batch(range(3))
+    batch = batch._replace(support_y=torch.arange(3.0)[:, None].expand(3, 6), query_y=torch.ones(3, 6))
+    with intra_op_threads(2), pytest.raises(ValueError, match="the first task fails"):
+        Threads().meta_gradient(MAML(nn.Linear(4, 3), steps=1, loss=loss), batch, Phase(training=True))
+    assert not at_work

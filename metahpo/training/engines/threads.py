@@ -7,7 +7,7 @@ import gc
 import os
 import weakref
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from queue import SimpleQueue
 from typing import Any, TypeVar
 
@@ -108,10 +108,10 @@ class Threads:
                 copies.put(mine)
 
         with _no_collection():
-            results = list(self._pool.map(run, range(count)))
+            results = self._all(run, count)
         # A thread of the user's may have drawn meanwhile, so it is looked who did.
         moved = not torch.equal(drawn, torch.get_rng_state())
-        if moved and any(self._pool.map(lambda index: draws(lambda: run(index)), range(count))):
+        if moved and any(self._all(lambda index: draws(lambda: run(index)), count)):
             raise NetError(
                 f"engine threads cannot run {_drawing(learner)}: it draws random numbers, and which task got which "
                 "would differ from run to run; choose vmap or loop"
@@ -120,6 +120,21 @@ class Threads:
             self._refuse_python(watches)
             self._watched = weakref.ref(learner)
         return results
+
+    def _all(self, function: Callable[[int], T], count: int) -> list[T]:
+        """What ``function`` gives for 0 to ``count`` - 1, by the threads; none of them is at work any more after it,
+        nor where one raised."""
+        futures = [self._pool.submit(function, index) for index in range(count)]
+        try:
+            wait(futures, return_when=FIRST_EXCEPTION)
+        finally:
+            for future in futures:
+                future.cancel()
+            wait(futures)
+        for future in futures:
+            if not future.cancelled() and (error := future.exception()):
+                raise error
+        return [future.result() for future in futures]
 
     def _refuse_python(self, watches: list[Watch]) -> None:
         """Raises NetError where the first batch showed that Python's state decides what a task computes."""
