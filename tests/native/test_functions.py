@@ -276,7 +276,10 @@ for warning in caught:
 
 @pytest.fixture
 def process(start):
-    return lambda cache, program=PROGRAM, **env: start(program, XDG_CACHE_HOME=str(cache), **env)
+    def process(cache, program=PROGRAM, **env):
+        return start(program, **{"METAHPO_NATIVE": "", "XDG_CACHE_HOME": str(cache), **env})
+
+    return process
 
 
 def finished(child) -> list[str]:

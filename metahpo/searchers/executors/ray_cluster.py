@@ -18,7 +18,7 @@ import cloudpickle
 from metahpo.checks import check_number, check_type
 from metahpo.errors import MetaHPOError, SearchArgumentError, SearchError, one_line
 from metahpo.searchers.executors.base import Died, Event, Executor, Finished, Objective, Reported, run_job
-from metahpo.searchers.executors.processes import packed, shares
+from metahpo.searchers.executors.processes import THREADS, packed, shares
 from metahpo.searchers.trial import Job
 
 # How long Ray waits for its own processes: on a machine with much else to do it would take slow ones for dead ones.
@@ -186,6 +186,7 @@ def _on_loopback(ray: Any) -> Iterator[None]:
 
 class _Worker:
     def __init__(self, content: bytes, threads: int, path: list[str]):
+        os.environ.update(dict.fromkeys(THREADS, str(threads)))
         import torch
 
         torch.set_num_threads(threads)
