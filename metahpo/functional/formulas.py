@@ -17,12 +17,13 @@ from metahpo.functional.weighted_losses import weighted
 class ByFormula(TorchFunctionMode):
     """Inside it such functions run by formula: their values are torch's, to rounding, and so are first derivatives.
 
-    used: whether any was called, without which a net need not enter again.
+    used: whether any was called, without which a net need not enter again; under_vmap: whether one was that has a
+    formula there alone (``torch.empty``), without which it need not enter again there.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.used = False
+        self.used = self.under_vmap = False
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         given = kwargs or {}
@@ -30,17 +31,18 @@ class ByFormula(TorchFunctionMode):
         kernel = formula is _embedding and not given.get("sparse", args[6:7] == (True,))
         if formula is None or kernel or (formula is _normalize and given.get("out") is None):
             return func(*args, **given)
-        self.used = True
+        self.under_vmap |= formula is _empty
+        self.used |= formula is not _empty
         return formula(*args, **given)
 
 
 def by_formula(function: Callable[..., Any]) -> Callable[..., Any]:
     """The same function, which runs inside ``ByFormula`` if its first call shows that it has to."""
-    needed = True
+    needed = under_vmap = True
 
     def call(*arguments: Any) -> Any:
-        nonlocal needed
-        if not needed or torch.compiler.is_compiling():
+        nonlocal needed, under_vmap
+        if not (needed or (under_vmap and under_torch_func())) or torch.compiler.is_compiling():
             try:
                 return function(*arguments)
             except RuntimeError as error:
@@ -49,7 +51,7 @@ def by_formula(function: Callable[..., Any]) -> Callable[..., Any]:
                     raise
         with ByFormula() as mode:
             result = function(*arguments)
-        needed = mode.used
+        needed, under_vmap = mode.used, mode.under_vmap
         return result
 
     return call

@@ -22,6 +22,7 @@ from metahpo.functional.formulas import ByFormula
 from metahpo.functional.fused import fuse
 from metahpo.functional.kernels import is_recurrent, twice_differentiable
 from metahpo.functional.lending import Lender
+from metahpo.functional.levels import under_torch_func
 from metahpo.functional.strays import refuse_strays
 from metahpo.functional.swap import call_with
 from metahpo.functional.trees import Params
@@ -147,7 +148,8 @@ class FunctionalModule(nn.Module):
         kind = (training, torch.is_grad_enabled(), threading.get_ident())
         # The second call too: what the first left behind may be in its way.
         watch = self.seen.calls[kind] < 2 and sys.getprofile() is None and not torch.compiler.is_compiling()
-        formulas = ByFormula() if watch or self.seen.by_formula else nullcontext()
+        needed = self.seen.by_formula or (self.seen.under_vmap and under_torch_func())
+        formulas = ByFormula() if watch or needed else nullcontext()
         weights = [*params.values(), *self._weights]
         inputs, check_inputs = self.seen.lender(type(self.net).__name__, kind).lend(inputs)
         before = versions(weights)
@@ -171,6 +173,7 @@ class FunctionalModule(nn.Module):
         if watch:
             self.seen.calls[kind] += 1
             self.seen.by_formula |= formulas.used  # type: ignore[union-attr]
+            self.seen.under_vmap |= formulas.under_vmap  # type: ignore[union-attr]
         # call_with writes buffers that the net replaced back into the dict it was given.
         return output, {name: _as(old, state[name]) for name, old in buffers.items()}
 
@@ -211,11 +214,12 @@ class Seen:
     """What the first calls of a net showed; the copies of an engine's threads have it in common.
 
     calls: those looked at, by kind and thread; lenders: of the inputs, by kind and thread; by_formula: whether
-    ``ByFormula`` has to be entered.
+    ``ByFormula`` has to be entered; under_vmap: whether it has to be there.
     """
 
     calls: Counter[tuple[bool, bool, int]] = field(default_factory=Counter)
     by_formula: bool = False
+    under_vmap: bool = False
     lenders: dict[tuple[bool, bool, int], Lender] = field(default_factory=dict)
 
     def lender(self, net: str, kind: tuple[bool, bool, int]) -> Lender:
