@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -19,7 +19,6 @@ from metahpo.functional.swap import call_with
 from metahpo.functional.trees import Params
 from metahpo.inner.explicit import explicit, leaves_behind, with_captured
 from metahpo.inner.problem import RULE, InnerProblem, constants, split
-from metahpo.inner.randomness import python_draws_kept
 from metahpo.inner.rules.base import RuleState, UpdateRule
 
 # (final params, hparams) -> scalar; with a third argument where the inner problem has a carry.
@@ -100,40 +99,23 @@ def _given(carry: Any) -> tuple[Any, ...]:
     return () if carry is None else (carry,)
 
 
-@contextmanager
 def twice_differentiated(
-    problem: InnerProblem,
-    outer_loss: OuterLoss,
-    params: Params,
-    hparams: Params,
-    batch: Any,
-    instead: str,
-    look: bool,
-) -> Iterator[None]:
-    """Inside it a layer without a second derivative is named, and what needs none is told (``instead``).
+    problem: InnerProblem, outer_loss: OuterLoss, params: Params, hparams: Params, batch: Any, instead: str
+) -> AbstractContextManager[None]:
+    """Inside it a layer without a second derivative is named, and what needs none is told (``instead``)."""
+    return second_derivatives(_forward(problem, outer_loss, params, hparams, batch), instead)
 
-    look: whether to look beforehand for layers whose second derivative torch takes for zero, without an error.
-    """
+
+def _forward(
+    problem: InnerProblem, outer_loss: OuterLoss, params: Params, hparams: Params, batch: Any
+) -> Callable[[], None]:
+    """Computes both losses, to find a layer in them."""
 
     def forward() -> None:
         _, carry = problem.value(params, split(hparams)[0], batch, problem.carry)
         outer_value(outer_loss, params, hparams, carry)
 
-    with second_derivatives(forward, instead):
-        if look:
-            check_graph(_slope(problem, params, hparams, batch), forward, instead)
-        yield
-
-
-@torch.enable_grad()
-def _slope(problem: InnerProblem, params: Params, hparams: Params, batch: Any) -> Tensor:
-    """A scalar that depends on the whole inner gradient; the random numbers that it draws can be drawn again."""
-    here = leaves(params)
-    devices = {p.device for p in here.values() if p.is_cuda}
-    with torch.random.fork_rng(devices=devices), python_draws_kept():
-        value, _ = problem.value(here, constants(split(hparams)[0]), batch, problem.carry)
-    grads = torch.autograd.grad(value, list(here.values()), create_graph=True, allow_unused=True)
-    return torch.stack([g.abs().sum() for g in grads if g is not None]).sum()
+    return forward
 
 
 def check_inputs(
@@ -144,11 +126,13 @@ def check_inputs(
     hparams: Params,
     batches: Sequence[Any],
     state: Any = None,
+    instead: str | None = None,
 ) -> tuple[str, ...]:
     """Raises HypergradientError for what would be silently wrong; returns what the caller should know, a line each.
 
     Where a ``state`` is given an earlier call has looked at the losses, and only the tensors are. The look costs about
-    one step, and one a batch for hyperparameters that no batch before used.
+    one step, and one a batch for hyperparameters that no batch before used. instead: for a strategy that takes second
+    derivatives, what needs none: NetError names a layer whose second derivative torch takes for zero, without an error.
     """
     warnings = check_tensors(params, batches)
     if state is not None:
@@ -165,13 +149,19 @@ def check_inputs(
         outer, captured = with_captured(outer_loss, (params, others, *_given(carry)))
         outer = _scalar(outer, "the outer loss")
         warnings += _constants(captured, "the outer loss", originals)
-        if not _reached([inner], params.values()):
+        forward = _forward(problem, outer_loss, params, hparams, batches[0])
+        with nullcontext() if instead is None else second_derivatives(forward, instead):
+            slopes = _slopes(inner, params, create_graph=instead is not None)
+        if not slopes:
             raise HypergradientError(
                 "the inner loss does not depend on params (or cuts them from their graph), so there is nothing to train"
             )
+        if instead is not None:
+            total = torch.stack([slope.abs().sum() for slope in slopes.values()]).sum()
+            check_graph(total, forward, instead)
         unused = _unused([inner, outer], others)
         if not rule.needs_loss and type(rule).forward is not UpdateRule.forward:
-            _check_rule(rule, own, inner, params)
+            _check_rule(rule, own, constants(slopes), params)
         lost = not _reached([outer], [*params.values(), *others.values()])
         for batch in batches[1:]:
             if not unused:
@@ -217,9 +207,19 @@ def check_tensors(params: Params, batches: Iterable[Any]) -> tuple[str, ...]:
     )
 
 
-def _check_rule(rule: UpdateRule, own: Params, inner: Tensor, params: Params) -> None:
+def _slopes(inner: Tensor, params: Params, create_graph: bool) -> Params:
+    """The gradient of the inner loss, in those parameters that it depends on."""
+    if not inner.requires_grad:
+        return {}
+    found = torch.autograd.grad(
+        inner, list(params.values()), allow_unused=True, retain_graph=True, create_graph=create_graph
+    )
+    return {name: slope for name, slope in zip(params, found) if slope is not None}
+
+
+def _check_rule(rule: UpdateRule, own: Params, slopes: Params, params: Params) -> None:
     """Raises HypergradientError if the rule's first step computes with a captured tensor that requires grad."""
-    found = torch.autograd.grad(inner, list(params.values()), retain_graph=True, materialize_grads=True)
+    found = {name: slopes.get(name, torch.zeros_like(p)) for name, p in params.items()}
     with torch.no_grad():
         state = rule.init(constants(params))
 
@@ -227,7 +227,7 @@ def _check_rule(rule: UpdateRule, own: Params, inner: Tensor, params: Params) ->
         return call_with(rule, own, (params, grads, state, 0))[0]
 
     try:
-        explicit(update, "the update rule", "in hparams")(own, params, dict(zip(params, found)), state)
+        explicit(update, "the update rule", "in hparams")(own, params, found, state)
     except NetError as error:
         raise HypergradientError(str(error)) from error
 

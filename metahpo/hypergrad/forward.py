@@ -71,15 +71,15 @@ class Forward:
         state: InnerState | None = None,
     ) -> Hypergradient:
         batches = collected(batches)
-        warnings = check_inputs(problem, rule, outer_loss, params, hparams, batches, state)
-        new, state = state is None, state or InnerState(None, 0)
+        instead = "FiniteDifference()"
+        warnings = check_inputs(problem, rule, outer_loss, params, hparams, batches, state, instead)
+        state = state or InnerState(None, 0)
         params, hparams, losses = constants(params), constants(hparams), Losses()
         carry = problem.carry if state.carry is None else state.carry
         inner = problem.fit(rule, params, hparams, [], state=state.rule).state
         chunks = self._start(state.memory, params, inner, hparams)
         seeds = _unit_vectors(hparams, [chunk.width for chunk in chunks])
-        instead = "FiniteDifference()"
-        named = twice_differentiated(problem, outer_loss, params, hparams, batches[0], instead, new)
+        named = twice_differentiated(problem, outer_loss, params, hparams, batches[0], instead)
         with named, torch.no_grad():
             for step, batch in enumerate(batches, start=state.step):
                 now = Step(problem, rule, params, inner, hparams, batch, step, carry)

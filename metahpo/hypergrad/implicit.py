@@ -30,6 +30,9 @@ from metahpo.hypergrad.systems import System, hessian_system, mean_over_batches,
 from metahpo.inner.problem import RULE, InnerProblem, constants
 from metahpo.inner.rules.base import UpdateRule
 
+# What needs no second derivative.
+_INSTEAD = "FiniteDifference()"
+
 
 @dataclass(frozen=True)
 class Implicit:
@@ -75,7 +78,7 @@ class Implicit:
         state: InnerState | None = None,
     ) -> Hypergradient:
         batches = collected(batches)
-        warnings = check_inputs(problem, rule, outer_loss, params, hparams, batches, state)
+        warnings = check_inputs(problem, rule, outer_loss, params, hparams, batches, state, _INSTEAD)
         new, state = state is None, state or InnerState(None, 0)
         params, losses, last = constants(params), [], batches[-self.batches :]
         start = self._distance(problem, rule, params, constants(hparams), last) if new else None
@@ -88,7 +91,7 @@ class Implicit:
                 )
                 params, state = end.params, InnerState(end.state, end.step, state.memory, end.carry)
                 losses.append(torch.stack(end.losses))
-        return self._at(problem, rule, outer_loss, params, hparams, last, state, losses, warnings, new, start)
+        return self._at(problem, rule, outer_loss, params, hparams, last, state, losses, warnings, start)
 
     def hypergradient_at(
         self,
@@ -112,9 +115,9 @@ class Implicit:
             if self.solver.system == "map":
                 raise HypergradientError(f"{type(self.solver).__name__} needs the rule, found None")
             rule = UpdateRule()
-        warnings = check_inputs(problem, rule, outer_loss, params, hparams, batches, state)
-        new, state = state is None, state or InnerState(None, 0)
-        return self._at(problem, rule, outer_loss, params, hparams, batches, state, [], warnings, new)
+        warnings = check_inputs(problem, rule, outer_loss, params, hparams, batches, state, _INSTEAD)
+        state = state or InnerState(None, 0)
+        return self._at(problem, rule, outer_loss, params, hparams, batches, state, [], warnings)
 
     def _at(
         self,
@@ -127,12 +130,11 @@ class Implicit:
         state: InnerState,
         losses: Sequence[Tensor],
         warnings: Sequence[str],
-        new: bool,
         start: Tensor | None = None,
     ) -> Hypergradient:
         if not batches:
             raise HypergradientError("batches: found none, expected those of the inner loss")
-        with twice_differentiated(problem, outer_loss, params, hparams, batches[-1], "FiniteDifference()", new):
+        with twice_differentiated(problem, outer_loss, params, hparams, batches[-1], _INSTEAD):
             return self._solved_at(problem, rule, outer_loss, params, hparams, batches, state, losses, warnings, start)
 
     def _solved_at(

@@ -67,8 +67,9 @@ class Unroll:
         state: InnerState | None = None,
     ) -> Hypergradient:
         batches = collected(batches)
-        warnings = check_inputs(problem, rule, outer_loss, params, hparams, batches, state)
-        new, state = state is None, state or InnerState(None, 0)
+        instead = None if isinstance(self.gradient, FirstOrder) else _FIRST_ORDER
+        warnings = check_inputs(problem, rule, outer_loss, params, hparams, batches, state, instead)
+        state = state or InnerState(None, 0)
         before = max(len(batches) - self.truncate, 0) if self.truncate else 0
         params, hparams, losses = constants(params), constants(hparams), []
         if before:
@@ -79,8 +80,7 @@ class Unroll:
             params, losses = start.params, start.losses
             state = InnerState(start.state, start.step, carry=start.carry)
 
-        look = new and not isinstance(self.gradient, FirstOrder)
-        named = twice_differentiated(problem, outer_loss, params, hparams, batches[0], _FIRST_ORDER, look)
+        named = twice_differentiated(problem, outer_loss, params, hparams, batches[0], _FIRST_ORDER)
         with named, torch.enable_grad():
             given = leaves(hparams)
             end = problem.fit(

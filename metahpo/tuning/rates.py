@@ -28,6 +28,7 @@ from metahpo.errors import (
 from metahpo.functional import FunctionalModule
 from metahpo.functional.copies import copied
 from metahpo.functional.lending import kept
+from metahpo.functional.module import Seen
 from metahpo.functional.trees import Params
 from metahpo.hypergrad import Hypergradient, Unroll
 from metahpo.inner import SGD, Adam, AdamW, ByLayer, InnerProblem, Mixed, PerTensorRule, Reverse, named_remat
@@ -180,6 +181,7 @@ class RatesTuner(Tuner):
         self.optimizer = torch.optim.Adam(self.raw.values(), lr=settings.outer_lr, betas=(0.9, 0.99))
         gradient = Mixed() if settings.inner_gradient == "mixed" else Reverse()
         self.strategy = Unroll(gradient, named_remat(settings.remat))
+        self._seen = Seen()
         self._check()
 
     def _check(self) -> None:
@@ -237,6 +239,8 @@ class RatesTuner(Tuner):
         # The rule knows the net's own names.
         prefix = "net." if self.forward else ""
         module = FunctionalModule(WholeBatch(net, self.forward) if self.forward else net)
+        # The nets of all steps are alike: what the first one's calls showed holds for them.
+        module.seen = self._seen
 
         def value(params: Params, batch: Any, buffers: Params, training: bool) -> tuple[Tensor, Params]:
             params = {f"{prefix}{name}": p for name, p in params.items()}
