@@ -23,7 +23,7 @@ def weighted(function: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> C
 def _cross_entropy(
     input: Tensor,
     target: Tensor,
-    weight: Tensor | None = None,
+    weight: Tensor,
     size_average: bool | None = None,
     ignore_index: int = -100,
     reduce: bool | None = None,
@@ -40,7 +40,7 @@ def _cross_entropy(
 def _nll_loss(
     input: Tensor,
     target: Tensor,
-    weight: Tensor | None = None,
+    weight: Tensor,
     size_average: bool | None = None,
     ignore_index: int = -100,
     reduce: bool | None = None,
@@ -50,11 +50,10 @@ def _nll_loss(
     classes = 1 if input.dim() > 1 else 0
     counted = target != ignore_index
     labels = torch.where(counted, target, 0)
-    weights = torch.ones_like(input[..., :1].flatten()[:1]) if weight is None else weight
-    its = torch.where(counted, weights[labels], 0.0)
+    its = torch.where(counted, weight[labels], 0.0)
     losses = -its * input.gather(classes, labels.unsqueeze(classes)).squeeze(classes)
     if label_smoothing:
-        each = weights.view(-1, *[1] * (input.dim() - classes - 1)) * input
+        each = weight.view(-1, *[1] * (input.dim() - classes - 1)) * input
         smooth = torch.where(counted, -each.sum(classes), 0.0) / input.shape[classes]
         losses = (1 - label_smoothing) * losses + label_smoothing * smooth
     how = _reduction(size_average, reduce, reduction)
@@ -79,13 +78,12 @@ def _binary_cross_entropy_with_logits(
 def _binary_cross_entropy(
     input: Tensor,
     target: Tensor,
-    weight: Tensor | None = None,
+    weight: Tensor,
     size_average: bool | None = None,
     reduce: bool | None = None,
     reduction: str = "mean",
 ) -> Tensor:
-    losses = F.binary_cross_entropy(input, target, reduction="none")
-    losses = losses if weight is None else weight * losses
+    losses = weight * F.binary_cross_entropy(input, target, reduction="none")
     return _reduced(losses, _reduction(size_average, reduce, reduction))
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.func import jvp, vmap
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
-from metahpo.errors import NetError, one_line
+from metahpo.errors import NetError, one_line, out_of_memory
 from metahpo.functional.kernels import forward_mode
 from metahpo.functional.swap import call_with
 from metahpo.functional.trees import Params
@@ -131,20 +131,30 @@ class _Gradient:
         pairs = [(g, t) for g, t in directed if g is not None and g.requires_grad]
         if not pairs:
             return [torch.zeros_like(params[i]) for i in self._places]
-        firsts, directions = zip(*pairs)
-        one = len(directions[0]) == 1  # Without vmap, which costs more than it is worth and which some layers have not.
-        with _refusals("the gradient of a layer", "Forward(chunk=1)"):
-            found = torch.autograd.grad(
-                firsts,
-                self.params,
-                [t[0] for t in directions] if one else directions,
-                retain_graph=True,
-                allow_unused=True,
-                is_grads_batched=not one,
-            )
-        if one:
-            found = [s if s is None else s[None] for s in found]
+        found = _pulled(*zip(*pairs), self.params)
         return [torch.zeros_like(params[i]) if found[i] is None else found[i] for i in self._places]
+
+
+def _pulled(
+    outputs: Sequence[Tensor], seeds: Sequence[Tensor], inputs: Sequence[Tensor]
+) -> Sequence[Tensor | None]:
+    """The gradient of each input [count, *shape] for each of the seeds [count, *shape] of the outputs; None is zero."""
+
+    def pull(seeds: Sequence[Tensor], batched: bool) -> tuple[Tensor | None, ...]:
+        return torch.autograd.grad(
+            outputs, inputs, seeds, retain_graph=True, allow_unused=True, is_grads_batched=batched
+        )
+
+    count = len(seeds[0])
+    if count > 1:  # vmap costs more than it is worth for one.
+        try:
+            return pull(seeds, True)
+        except RuntimeError as error:
+            if out_of_memory(error):
+                raise
+    # Some layers' gradients have no rule for it (in torch 2.11 GroupNorm's a wrong one): then one after the other.
+    rows = [pull([seed[i] for seed in seeds], False) for i in range(count)]
+    return [None if parts[0] is None else torch.stack(parts) for parts in zip(*rows)]
 
 
 def _slopes(function: Callable[..., Any], primals: Sequence[Tensor], tangents: Sequence[Tensor]) -> list[Tensor]:
@@ -156,22 +166,23 @@ def _slopes(function: Callable[..., Any], primals: Sequence[Tensor], tangents: S
     def along(*tangents: Tensor) -> list[Tensor]:
         return jvp(floating, tuple(primals), tangents)[1]
 
-    with forward_mode(), warnings.catch_warnings(), _refusals("an operation of the rule", "Unroll()"):
+    with forward_mode(), warnings.catch_warnings(), _refusals():
         # torch's own, where it makes an operation's forward mode.
         warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated", FutureWarning)
         return vmap(along, randomness="same")(*tangents)
 
 
 @contextmanager
-def _refusals(what: str, instead: str) -> Iterator[None]:
-    """torch's own refusals, with what to choose instead."""
+def _refusals() -> Iterator[None]:
+    """torch's own refusals of a rule, with what to choose instead."""
     try:
         yield
     except (NotImplementedError, RuntimeError) as error:
         said = one_line(error)
         if isinstance(error, NotImplementedError) or re.search("vmap|functorch|atching rule", said):
             raise NetError(
-                f"{what} has no forward mode, or none for several hyperparameters at once ({said}); choose {instead}"
+                "an operation of the rule has no forward mode, or none for several hyperparameters at once "
+                f"({said}); choose Unroll()"
             ) from error
         raise
 

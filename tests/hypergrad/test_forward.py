@@ -103,6 +103,20 @@ def test_nets_with_a_decay_of_every_parameter(layer):
     assert check_hypergradient(Forward(20), *net_problem(layer)).relative_error < 1e-10
 
 
+def test_gradients_that_vmap_cannot_run_are_taken_for_one_direction_after_the_other(monkeypatch):
+    grad, refused = torch.autograd.grad, []
+
+    def unbatched(*arguments, is_grads_batched=False, **options):
+        if is_grads_batched:
+            refused.append(True)
+            raise RuntimeError("a layer has no batching rule")
+        return grad(*arguments, **options)
+
+    monkeypatch.setattr(torch.autograd, "grad", unbatched)
+    assert check_hypergradient(Forward(20), *net_problem(nn.LayerNorm(6))).relative_error < 1e-10
+    assert refused
+
+
 @pytest.mark.parametrize("needs_loss", [False, True])
 def test_dropout_draws_once_a_step_whatever_the_chunks(needs_loss):
     problem, rule, outer_loss, params, hparams, batches = net_problem(nn.Identity())
