@@ -203,10 +203,7 @@ def plain(value: Any) -> Any:
     if getattr(value, "shape", None) == () and callable(getattr(value, "item", None)):
         try:
             return value.item()
-        except (
-            RuntimeError,
-            NotImplementedError,
-        ):  # A tensor without a value: under vmap, on meta.
+        except RuntimeError:  # A tensor without a value: under vmap, on meta.
             return value
     return value
 

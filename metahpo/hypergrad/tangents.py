@@ -177,7 +177,7 @@ def _refusals() -> Iterator[None]:
     """torch's own refusals of a rule, with what to choose instead."""
     try:
         yield
-    except (NotImplementedError, RuntimeError) as error:
+    except RuntimeError as error:
         said = one_line(error)
         if isinstance(error, NotImplementedError) or re.search("vmap|functorch|atching rule", said):
             raise NetError(
