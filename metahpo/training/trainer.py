@@ -263,6 +263,11 @@ class Trainer:
             self._update(result)
 
     def _update(self, result: MetaGradient) -> None:
+        if "loss" in result.metrics:
+            raise NetArgumentError(
+                f"{type(self.learner).__name__}.meta_loss: gives a metric 'loss', expected another name: this one is "
+                "the outer loss's"
+            )
         params = self.learner.outer_params()
         self._freed.add_to(self.optimizer, params)
         for name, param in params.items():
@@ -279,11 +284,6 @@ class Trainer:
         self.optimizer.zero_grad()
         scalars = dict(result.metrics)
         self.learner.update_buffers(scalars.pop("buffers", {}))
-        if "loss" in scalars:
-            raise NetArgumentError(
-                f"{type(self.learner).__name__}.meta_loss: gives a metric 'loss', expected another name: this one is "
-                "the outer loss's"
-            )
         self._partial.add({"loss": result.loss, **scalars})
 
     def _numbers(self, iteration: int) -> range:
