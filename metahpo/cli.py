@@ -17,7 +17,7 @@ from metahpo.cli_search import add_search
 from metahpo.cli_tune import add_tune
 from metahpo.errors import DataError, MetaHPOError, NonFiniteError, RankError, UsageError, one_line, out_of_memory
 from metahpo.run_dirs import check_new, existing_run_dir, is_search, new_run_dir, trained_run_dir
-from metahpo.runs.files import read_json, shown, with_short_paths, write_atomically, write_json
+from metahpo.runs.files import read_json, say_left_out, shown, with_short_paths, write_atomically, write_json
 from metahpo.runs.fingerprint import check_fingerprint, fingerprint, write_fingerprint
 from metahpo.runs.lock import holding_run
 
@@ -292,9 +292,7 @@ def _report(options: argparse.Namespace) -> int:
         check_fingerprint(run_dir, _fingerprint(config, {"test": tasks}))
         load_best(run_dir, learner)
         _write_report(run_dir, learner, tasks.task(0))
-        for name in ("test.json", "versions.json"):
-            if not (run_dir / name).exists():
-                print(f"{shown(run_dir / name)} is not there: left out of the report", file=sys.stderr)
+        say_left_out(run_dir, "test.json", "versions.json")
     return 0
 
 

@@ -178,4 +178,5 @@ def report_search(run_dir: Path) -> int:
     storage = search.storage or run_dir / "study.db"
     with Study.open(storage, name=search.name) as study:
         print(f"report: {files.shown(write_search_report(run_dir, study))}")
+    files.say_left_out(run_dir, "versions.json")
     return 0

@@ -78,3 +78,6 @@ def test_a_search_goes_on_and_is_reported(here, capsys):
     assert "best: trial 3" in capsys.readouterr().out
     assert before == {number: score for number, score in trials().items() if number < 3}
     assert before == pytest.approx({0: 2.1855, 1: 2.1032, 2: 2.2208}, abs=1e-4)
+    (here / "search" / "versions.json").unlink()
+    assert main(["report", "search"]) == 0
+    assert "search/versions.json is not there: left out of the report\n" in capsys.readouterr().err

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,13 @@ def write_atomically(path: Path, data: bytes) -> None:
     except OSError as error:
         # A write or a sync names no file, the others the temporary one.
         raise OSError(error.errno, error.strerror or str(error), shown(path)) from error
+
+
+def say_left_out(run_dir: Path, *names: str) -> None:
+    """Says on stderr which of these files a run's report had to do without."""
+    for name in names:
+        if not (run_dir / name).exists():
+            print(f"{shown(run_dir / name)} is not there: left out of the report", file=sys.stderr)
 
 
 def checksum(data: bytes) -> str:

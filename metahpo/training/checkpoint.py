@@ -158,13 +158,14 @@ def _check_history(history: list[Any], needed: tuple[str, ...], path: Path) -> N
 
 def _check_partial(partial: State, path: Path) -> None:
     """Raises unless these are a count of steps and sums by name."""
-    count, sums, counts = partial.get("count", 0), partial.get("sums", {}), partial.get("counts")
-    those = counts is None or (isinstance(counts, dict) and set(counts) == set(sums))
-    if type(count) is not int or count < 0 or not isinstance(sums, dict) or not those:
+    count, sums = partial.get("count", 0), partial.get("sums", {})
+    counts = partial.get("counts", sums)  # Older versions wrote none.
+    named = isinstance(sums, dict) and isinstance(counts, dict) and set(counts) == set(sums)
+    if type(count) is not int or count < 0 or not named:
         raise CheckpointError(
             f"{path}: partial: found {shown(partial)}, expected a count of steps, and sums and counts by name"
         )
-    for name, value in [*sums.items(), *(counts or {}).items()]:
+    for name, value in [*sums.items(), *counts.items()]:
         if not (isinstance(name, str) and isinstance(value, (int, float))):
             raise CheckpointError(f"{path}: partial: {shown(name)} is {shown(value)}, expected a number")
 
@@ -174,7 +175,7 @@ def _check_entries(data: bytes, path: Path) -> None:
     try:
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
             parts = archive.infolist()
-    except (zipfile.BadZipFile, ValueError, OSError, NotImplementedError, RuntimeError) as error:
+    except (zipfile.BadZipFile, ValueError, OSError, RuntimeError) as error:
         raise DamagedCheckpoint(
             f"checkpoint {path} is damaged: it is not a file of torch.save ({one_line(error)})"
         ) from None

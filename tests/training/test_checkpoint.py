@@ -98,6 +98,9 @@ ROW = {"epoch": 1, "val_loss": 0.5}
         ({"partial": {"count": None}}, "partial: found {'count': None}, expected a count of steps, and sums"),
         ({"partial": {"count": -1}}, "expected a count of steps"),
         ({"partial": {"count": 1, "sums": [1]}}, "sums and counts by name"),
+        ({"partial": {"count": 1, "sums": None, "counts": {}}}, "sums and counts by name"),
+        ({"partial": {"count": 1, "sums": {"loss": 1.0}, "counts": None}}, "sums and counts by name"),
+        ({"partial": {"count": 1, "sums": {"loss": 1.0}, "counts": {"loss": "1"}}}, "'loss' is '1', expected a number"),
         ({"partial": {"count": 1, "sums": {"loss": "low"}}}, "partial: 'loss' is 'low', expected a number"),
     ],
 )
